@@ -1,0 +1,1 @@
+"""The six axes of a method: allocator, initialiser, parametrisation, update, schedule, base store."""

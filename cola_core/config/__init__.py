@@ -1,0 +1,1 @@
+"""What params.yaml may say, section by section; importing it loads no torch."""

@@ -1,0 +1,147 @@
+"""The whole of params.yaml: every section, the chain's wiring, and which values compose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cola_core.config.base import Strict, parse
+from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
+from cola_core.config.report import EvaluateConfig, MergeConfig, RegisterConfig
+from cola_core.config.task import FetchConfig, HeadConfig, PrepareConfig
+from cola_core.errors import UserError
+
+__all__ = ["Params", "check_chain", "check_params"]
+
+
+class Item(Strict):
+    """One link of `chain`: its parent, whose profile it reads, and what it changes in the shared sections."""
+
+    prev: str
+    profile_from: str
+    profile: dict[str, Any]
+    allocate: dict[str, Any]
+    link: dict[str, Any]
+
+
+class Params(Strict):
+    """params.yaml."""
+
+    recipe: str
+    task: str
+    seed: int
+    final: str
+    targets: str | list[str]
+    machine: MachineConfig
+    fetch: FetchConfig
+    prepare: PrepareConfig
+    head: HeadConfig
+    schedule: ScheduleConfig
+    profile: dict[str, Any]
+    allocate: dict[str, Any]
+    link: dict[str, Any]
+    chain: dict[str, Item]
+    merge: MergeConfig
+    evaluate: EvaluateConfig
+    register: RegisterConfig
+
+
+class Knot(Strict):
+    """The settings of one link after its own changes."""
+
+    profile: ProfileConfig
+    allocate: AllocateConfig
+    link: LinkConfig
+
+
+def check_params(raw: dict[str, Any]) -> Params:
+    """Everything that can be wrong with params.yaml, checked before any work starts.
+
+    Raises:
+        UserError: the first mistake, in one line.
+    """
+    check_chain(raw)
+    params = parse(Params, raw, "")
+    knots = {key: _knot(params, key) for key in params.chain}
+    for key, knot in knots.items():
+        _check_composition(params, key, knot)
+    total = sum(knot.link.steps for knot in knots.values())
+    if total != params.schedule.horizon:
+        raise UserError(
+            f"params.yaml: schedule.horizon: is {params.schedule.horizon}, but the links' steps add up to {total}; "
+            "the two must be equal"
+        )
+    return params
+
+
+def check_chain(raw: dict[str, Any]) -> None:
+    """Check the raw chain before DVC templates it: DVC drops an unquoted integer key without a word.
+
+    Raises:
+        UserError: keys not quoted or not '1'..'M', `prev` not k-1, `final` not M, `profile_from` ahead of its link.
+    """
+    chain = raw.get("chain")
+    if not isinstance(chain, dict) or not chain:
+        raise UserError("params.yaml: chain: needs at least the link '1'")
+    for key in chain:
+        if not isinstance(key, str):
+            raise UserError(f"params.yaml: chain.{key}: the key must be quoted ('{key}'); DVC drops a bare number")
+    wanted = [str(k + 1) for k in range(len(chain))]
+    if sorted(chain) != sorted(wanted):
+        raise UserError(f"params.yaml: chain: links are {', '.join(chain)}; they must be {', '.join(wanted)}, no gap")
+    for key in wanted:
+        _check_wiring(key, chain[key])
+    if raw.get("final") != wanted[-1]:
+        raise UserError(f"params.yaml: final: is {raw.get('final')!r}; the chain's last link is '{wanted[-1]}'")
+
+
+def _check_wiring(key: str, item: Any) -> None:
+    where = f"params.yaml: chain.{key}"
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: expected prev, profile_from, profile, allocate and link")
+    before = str(int(key) - 1)
+    if item.get("prev") != before:
+        raise UserError(f"{where}.prev: is {item.get('prev')!r}; link '{key}' follows '{before}', anything else is a cycle")
+    source = item.get("profile_from")
+    if source not in [str(k + 1) for k in range(int(key))]:
+        raise UserError(f"{where}.profile_from: is {source!r}; allowed: a quoted link from '1' to '{key}'")
+
+
+def _knot(params: Params, key: str) -> Knot:
+    """The shared sections with the changes of one link, each parsed under the name the user wrote."""
+    item = params.chain[key]
+    merged = {}
+    for name, model in (("profile", ProfileConfig), ("allocate", AllocateConfig), ("link", LinkConfig)):
+        changes = getattr(item, name)
+        parse(model, {**getattr(params, name), **changes}, f"chain.{key}.{name}" if changes else name)
+        merged[name] = {**getattr(params, name), **changes}
+    return parse(Knot, merged, f"chain.{key}")
+
+
+def _check_composition(params: Params, key: str, knot: Knot) -> None:
+    """Refuse what cannot compose, naming both values and the reason."""
+    source = _knot(params, params.chain[key].profile_from).profile
+    probed = source.probe != "none"
+    machine = params.machine
+    refusals = [
+        (params.schedule.kind == "none" and len(params.chain) > 1,
+         "schedule.kind 'none' with more than one link: only 'cola' ties knots"),
+        (knot.allocate.allocator == "gora" and not probed,
+         "allocate.allocator 'gora' with profile.probe 'none': ranks come from the probe's gradient"),
+        (knot.link.initialiser == "gora" and not probed,
+         "link.initialiser 'gora' with profile.probe 'none': B comes from the probe's gradient"),
+        (knot.link.initialiser == "gora" and params.chain[key].profile_from != key,
+         "link.initialiser 'gora' with another link's profile: that gradient was taken at other weights"),
+        (knot.link.initialiser == "gora" and source.sketch < knot.allocate.r_max,
+         f"profile.sketch {source.sketch} below allocate.r_max {knot.allocate.r_max}: B needs one sketch row per rank"),
+        (knot.allocate.allocator == "gora" and not knot.allocate.r_min <= knot.allocate.rank <= knot.allocate.r_max,
+         "allocate.rank outside [r_min, r_max]: the reference rank must be reachable"),
+        (source.adaptive and source.probe != "accumulate",
+         "profile.adaptive with profile.probe 'one_batch': there is only one batch"),
+        (machine.dtype == "bf16" and machine.device == "mps", "machine.dtype 'bf16' with machine.device 'mps'"),
+        ((params.prepare.kind == "classify") != (params.fetch.model.kind == "encoder"),
+         f"prepare.kind {params.prepare.kind!r} with fetch.model.kind {params.fetch.model.kind!r}: "
+         "classify needs an encoder, choice and generate a language model"),
+    ]
+    for refused, reason in refusals:
+        if refused:
+            raise UserError(f"params.yaml: chain.{key}: {reason}")

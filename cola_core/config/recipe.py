@@ -1,0 +1,120 @@
+"""The recipe: one value on each of the six axes, and the numbers that go with them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from cola_core.config.base import Strict
+
+__all__ = ["AllocateConfig", "LinkConfig", "MachineConfig", "ProfileConfig", "ScheduleConfig"]
+
+Allocator = Literal["uniform", "gora"]
+Initialiser = Literal["kaiming", "gora"]
+Parametrisation = Literal["plain", "rslora"]
+Update = Literal["adamw", "lora_plus"]
+Schedule = Literal["none", "cola"]
+BaseStore = Literal["fp32", "bf16", "fp64"]
+
+
+class MachineConfig(Strict):
+    """Section `machine`: concrete values, nothing is chosen by a clock or by what else runs (law 6).
+
+    dtype: how the frozen base is stored and computed; adapters and optimizer keep fp32 masters (fp64 under fp64).
+    """
+
+    device: Literal["cpu", "cuda", "mps"]
+    threads: int = Field(ge=1)
+    dtype: BaseStore
+
+
+class ScheduleConfig(Strict):
+    """Section `schedule`.
+
+    kind: none = one link (LoRA); cola = a knot is tied after every link.
+    learning_rate: restart = every link has its own warm-up and decay; global = one decay over `horizon` steps.
+    horizon: optimizer steps of the whole chain; equals the sum of the links' steps.
+    """
+
+    kind: Schedule
+    learning_rate: Literal["restart", "global"]
+    horizon: int = Field(ge=1)
+
+
+class ProfileConfig(Strict):
+    """Section `profile`.
+
+    probe: none = no gradient is taken; one_batch = one exact pass; accumulate = fp32 buffers over micro-batches.
+    importance: what a module's gradient G and weight W are reduced to (GoRA, section 3).
+    sketch: rows of A_max kept for the initialiser, at least `allocate.r_max`.
+    adaptive: accumulate only: stop once no module's importance moved by more than `tolerance` (after 3 batches).
+    gap_radius: radius of the nuclear-norm ball in the Frank-Wolfe gap (COLA, section 4).
+    """
+
+    probe: Literal["none", "one_batch", "accumulate"]
+    importance: Literal["mean_abs_wg", "nuclear_wg", "nuclear_g"]
+    sketch: int = Field(ge=1)
+    micro_batch: int = Field(ge=1)
+    adaptive: bool
+    tolerance: float = Field(gt=0)
+    gap_radius: float = Field(gt=0)
+    activation_checkpointing: bool
+
+
+class AllocateConfig(Strict):
+    """Section `allocate`: `rank` is every module's rank (uniform) or GoRA's reference rank."""
+
+    allocator: Allocator
+    rank: int = Field(ge=1)
+    r_min: int = Field(ge=1)
+    r_max: int = Field(ge=1)
+    features: Literal["sqrt", "linear"]
+
+
+class LinkConfig(Strict):
+    """Section `link`: one LoRA of the chain.
+
+    alpha, parametrisation: scale = alpha / r (plain) or alpha / sqrt(r) (rslora).
+    gamma: size of the first step that GoRA's initialiser takes.
+    batch: rows of one optimizer step, in micro-batches of `micro_batch` rows.
+    learning_rate: of A; B's is `ratio` times that under lora_plus; `head_learning_rate` of an encoder's head.
+    warmup: fraction of the steps; decay: shape after it, down to `floor` times the peak.
+    keep: best = the adapter with the lowest validation loss; last = the one after the last step.
+    patience: validations without improvement before the link stops early; null = never.
+    """
+
+    initialiser: Initialiser
+    parametrisation: Parametrisation
+    update: Update
+    alpha: float = Field(gt=0)
+    gamma: float = Field(ge=0)
+    dropout: float = Field(ge=0, lt=1)
+    base_dropout: float = Field(ge=0, lt=1)
+    bias: Literal["none", "lora"]
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    micro_batch: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    ratio: float = Field(gt=0)
+    head_learning_rate: float = Field(gt=0)
+    betas: list[float] = Field(min_length=2, max_length=2)
+    epsilon: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    clip: float | None = Field(gt=0)
+    warmup: float = Field(ge=0, lt=1)
+    decay: Literal["linear", "cosine", "constant"]
+    floor: float = Field(ge=0, le=1)
+    keep: Literal["best", "last"]
+    validate_every: int = Field(ge=1)
+    patience: int | None = Field(ge=1)
+    checkpoint_every: int = Field(ge=1)
+    activation_checkpointing: bool
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _divides(cls, value: int, info: object) -> int:
+        batch = getattr(info, "data", {}).get("batch", value)
+        if batch % value:
+            raise ValueError(f"must divide batch = {batch}")
+        return value

@@ -1,0 +1,83 @@
+"""The task: which model and files, how a row becomes prompt and answer, how rows are split, how a head is fitted."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cola_core.config.base import Strict
+
+__all__ = ["AssetConfig", "FetchConfig", "HeadConfig", "ModelConfig", "PrepareConfig"]
+
+ModelKind = Literal["causal", "seq2seq", "encoder"]
+TaskKind = Literal["choice", "generate", "classify"]
+
+
+class AssetConfig(Strict):
+    """One reference (`hub:`, `path:`, `pypi:` or `tiny:`); sha256 of the file or wheel, null where it cannot be known."""
+
+    asset: str
+    sha256: str | None
+
+
+class ModelConfig(AssetConfig):
+    """The base model and the class of transformers that loads it."""
+
+    kind: ModelKind
+
+
+class DataConfig(Strict):
+    """Raw files; without a test file, `prepare.test` rows are set apart from the training file by the seed."""
+
+    train: AssetConfig
+    test: AssetConfig | None
+
+
+class FetchConfig(Strict):
+    """Section `fetch`."""
+
+    model: ModelConfig
+    data: DataConfig
+
+
+class PrepareConfig(Strict):
+    """Section `prepare`; `prompt`, `label` and `text` of answers are sandboxed Jinja over the columns of a row.
+
+    kind: choice scores every text of `answers`; generate decodes an answer; classify puts a head on an encoder.
+    loss: answer = the right answer's tokens; candidates = cross-entropy over the candidates' summed log-probabilities.
+    score: how a candidate's token log-probabilities become its score at evaluation.
+    label: renders to a key of `answers` (choice, classify) or to the reference answer itself (generate).
+    extract: regular expression whose first group is compared (generate), null for the whole text.
+    train, validation, probe, test: rows; train null = all that are left; probe rows are a sample of the training rows.
+    """
+
+    kind: TaskKind
+    loss: Literal["answer", "candidates"]
+    score: Literal["sum", "mean"]
+    prompt: str
+    label: str
+    answers: dict[str, str]
+    extract: str | None
+    max_tokens: int = Field(ge=8)
+    max_new_tokens: int = Field(ge=1)
+    train: int | None = Field(ge=1)
+    validation: int = Field(ge=1)
+    probe: int = Field(ge=1)
+    test: int | None = Field(ge=1)
+    duplicates: Literal["drop_from_train", "refuse", "keep"]
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> PrepareConfig:
+        if (self.kind == "generate") == bool(self.answers):
+            raise ValueError("answers: choice and classify name at least one, generate names none")
+        if self.kind != "choice" and self.loss == "candidates":
+            raise ValueError("loss: 'candidates' needs kind 'choice', whose answers it compares")
+        return self
+
+
+class HeadConfig(Strict):
+    """Section `head`: scikit-learn's logistic regression on frozen features (encoders only)."""
+
+    inverse_regularisation: float = Field(gt=0)
+    max_iterations: int = Field(ge=1)
