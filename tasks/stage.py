@@ -1,0 +1,157 @@
+"""What every stage shares: read params.yaml, refuse mistakes in one line, run, and leave a record of the run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from cola_core.config.base import parse, read_yaml
+from cola_core.errors import RetryError, UserError
+from cola_core.files import read_json, tree_hash, write_json
+from tasks.places import home
+
+__all__ = ["Context", "Done", "run"]
+
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a stage tells of itself when it has ended well.
+
+    metrics: numbers for the record; inputs, outputs: paths whose hashes tie records together;
+    artifacts: files worth keeping with an MLflow run; series: {metric: [[step, value], ...]} curves.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    inputs: Sequence[Path] = ()
+    outputs: Sequence[Path] = ()
+    artifacts: Sequence[Path] = ()
+    series: dict[str, list[list[float]]] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """The parameters of one stage, and a note of those it read."""
+
+    stage: str
+    key: str | None
+    raw: dict[str, Any]
+    record_id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+    used: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, name: str) -> Any:
+        """A top-level value such as `seed`.
+
+        Raises:
+            UserError: params.yaml does not have it.
+        """
+        if name not in self.raw:
+            raise UserError(f"params.yaml: {name}: missing")
+        self.used[name] = self.raw[name]
+        return self.raw[name]
+
+    def section(self, model: type[Model], name: str, key: str | None = None) -> Model:
+        """Section `name`, with the changes of link `key` (default: the stage's own link) laid over it.
+
+        Raises:
+            UserError: a mistake in the section.
+        """
+        key = key or self.key
+        changes = self.raw["chain"][key].get(name, {}) if key else {}
+        data = {**self.value(name), **changes} if changes else self.value(name)
+        self.used[name] = data
+        return parse(model, data, f"chain.{key}.{name}" if changes else name)
+
+
+def identity(path: Path) -> str:
+    """The hash by which records know an artifact: of its manifest where it has one, else of all its bytes."""
+    for manifest in ("cola.json", "link.json", "chain.json", "manifest.json"):
+        if (path / manifest).is_file():
+            return tree_hash(path / manifest)
+    return tree_hash(path)
+
+
+def open_context(stage: str, key: str | None, params: Path = Path("params.yaml")) -> Context:
+    """Read and check params.yaml for one stage.
+
+    The whole file is checked, so that a mistake in link 2 is told before link 1 has trained. The checker is imported by
+    name: it can only refuse, never change an output, so it is no dependency of the stage in dvc.yaml.
+
+    Raises:
+        UserError: any mistake in the file, or a link that the chain does not have.
+    """
+    raw = read_yaml(params)
+    importlib.import_module("cola_core.config.params").check_params(raw)
+    if key is not None and key not in raw["chain"]:
+        raise UserError(f"params.yaml: chain has no link '{key}'; it has {', '.join(raw['chain'])}")
+    return Context(stage=f"{stage}@{key}" if key else stage, key=key, raw=raw)
+
+
+def record(context: Context, done: Done, started: float) -> Path:
+    """Leave what a run used, made and measured under `.cola/records`; `sync` posts it to MLflow once."""
+    now = time.time()
+    content = {
+        "id": context.record_id,
+        "stage": context.stage,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(),
+        "seconds": round(now - started, 3),
+        "params": context.used,
+        "recipe": context.raw["recipe"],
+        "task": context.raw["task"],
+        "seed": context.raw["seed"],
+        "metrics": done.metrics,
+        "series": done.series,
+        "inputs": {path.as_posix(): identity(path) for path in done.inputs},
+        "outputs": {path.as_posix(): identity(path) for path in done.outputs},
+        "artifacts": [str(path.resolve()) for path in done.artifacts],
+    }
+    path = home() / "records" / f"{context.stage}-{context.record_id}.json"
+    write_json(path, content)
+    return path
+
+
+def run(stage: Callable[[Context], Done]) -> None:
+    """Run one stage as `python -m tasks.<stage> [link]` and exit: 0, 2 for a user's mistake, 75 to try again later."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    name = Path(sys.argv[0]).stem
+    try:
+        context = open_context(name, sys.argv[1] if len(sys.argv) > 1 else None)
+        started = time.time()
+        record(context, stage(context), started)
+    except (UserError, RetryError) as error:
+        sys.exit(_complain(name, str(error), error.exit_code))
+    except KeyboardInterrupt:
+        sys.exit(_complain(name, "stopped; the same command goes on from here", 130))
+
+
+def _complain(stage: str, line: str, code: int) -> int:
+    print(f"{stage}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """One record that `record` left."""
+    return dict(read_json(path))
