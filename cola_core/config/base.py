@@ -80,4 +80,4 @@ def _fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
         if inner is None:
             continue
         model = inner
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from cola_core.config.base import Strict, parse
 from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
 from cola_core.config.report import EvaluateConfig, MergeConfig, RegisterConfig
@@ -42,7 +44,7 @@ class Params(Strict):
     chain: dict[str, Item]
     merge: MergeConfig
     evaluate: EvaluateConfig
-    register: RegisterConfig
+    registry: RegisterConfig = Field(alias="register")
 
 
 class Knot(Strict):
