@@ -1,0 +1,109 @@
+"""LoRA layers: put them around frozen linear maps, take them off, or add them to the weights for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["LoRA", "Pair", "add_pair", "attach", "detach"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """dW = scale * B A for one module; a: r x in, b: out x r; bias: the module's bias where it was trained."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0]
+
+
+class LoRA(nn.Module):
+    """y = W x + s B A dropout(x), with W frozen (LoRA, arXiv 2106.09685, equation 3).
+
+    A and B are kept in the master dtype and computed in x's own.
+    """
+
+    def __init__(self, base: nn.Module, pair: Pair, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base, self.scale = base, pair.scale
+        self.A, self.B = nn.Parameter(pair.a), nn.Parameter(pair.b)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: ... x in -> ... x out."""
+        low = functional.linear(self.dropout(x), self.A.to(x.dtype))
+        result: Tensor = self.base(x) + functional.linear(low, self.scale * self.B.to(x.dtype))
+        return result
+
+    def pair(self) -> Pair:
+        """A copy of what the layer has learned."""
+        bias = getattr(self.base, "bias", None)
+        trained = bias.detach().clone() if bias is not None and bias.requires_grad else None
+        return Pair(self.A.detach().clone(), self.B.detach().clone(), self.scale, trained)
+
+
+def attach(model: nn.Module, pairs: Mapping[str, Pair], dropout: float = 0.0, bias: bool = False) -> dict[str, LoRA]:
+    """Wrap the named modules of a frozen model; only A and B (and, if asked, those modules' biases) can train.
+
+    Returns:
+        module name -> its layer, in the order of `pairs`.
+    """
+    layers = {}
+    for name, pair in pairs.items():
+        base = model.get_submodule(name)
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        moved = Pair(pair.a.to(weight.device), pair.b.to(weight.device), pair.scale)
+        layers[name] = LoRA(base, moved, dropout)
+        if bias and base.bias is not None:
+            base.bias.requires_grad_(True)  # type: ignore[union-attr]
+        _put(model, name, layers[name])
+    return layers
+
+
+def detach(model: nn.Module) -> dict[str, Pair]:
+    """Take every LoRA layer off and return what it learned; the frozen weights are as they were."""
+    pairs = {}
+    for name, layer in list(_layers(model)):
+        pairs[name] = layer.pair()
+        layer.base.requires_grad_(False)
+        _put(model, name, layer.base)
+    return pairs
+
+
+def add_pair(module: nn.Module, pair: Pair) -> float:
+    """W <- W + s B A in place, in the weight's master dtype (law 5).
+
+    Returns:
+        the relative merge error ||(W' - W) - s B A|| / ||s B A||, 0 where the delta is zero; not finite where W' is not.
+    """
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    with torch.no_grad():
+        delta = pair.scale * (pair.b.to(weight) @ pair.a.to(weight))
+        delta = delta.T if isinstance(module, Conv1D) else delta
+        before = weight.clone()
+        weight.add_(delta)
+        if pair.bias is not None:
+            module.bias.copy_(pair.bias)  # type: ignore[union-attr, operator]
+        size = delta.double().norm()
+        error = ((weight.double() - before.double()) - delta.double()).norm()
+        return float(error / size) if size > 0 else float(error)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, LoRA]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRA))
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

@@ -1,0 +1,43 @@
+"""Axis 'schedule': what happens at knots, and the learning rate between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cola_core.config.recipe import LinkConfig, ScheduleConfig
+
+__all__ = ["SCHEDULES", "Schedule", "learning_rate_factor"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """knots: whether a link may be merged and followed by another."""
+
+    knots: bool
+
+
+SCHEDULES = {"none": Schedule(knots=False), "cola": Schedule(knots=True)}
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 1.0,
+}
+
+
+def learning_rate_factor(step: int, offset: int, schedule: ScheduleConfig, link: LinkConfig) -> float:
+    """The learning rate of one step as a fraction of its peak: warm-up, then decay to `link.floor`.
+
+    Args:
+        step: 0-based step inside the link.
+        offset: steps of all earlier links; counts only where the schedule is `global`.
+    """
+    whole = schedule.learning_rate == "global"
+    position, steps = (offset + step, schedule.horizon) if whole else (step, link.steps)
+    warm = math.ceil(link.warmup * steps)
+    if position < warm:
+        return (position + 1) / warm
+    done = (position - warm) / max(1, steps - warm)
+    return link.floor + (1 - link.floor) * DECAYS[link.decay](done)

@@ -1,0 +1,107 @@
+"""The frozen base: load it, find what can be adapted, give it its store and its device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from cola_core.axes.bases import BASES
+from cola_core.config.recipe import MachineConfig
+from cola_core.errors import UserError, suggest
+from cola_core.files import read_json, tree_hash
+
+__all__ = ["adaptable", "base_manifest", "load_base", "place", "weight_shape"]
+
+CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "encoder": "AutoModelForSequenceClassification",
+}
+
+
+def base_manifest(path: Path) -> dict[str, Any]:
+    """cola.json of a base directory, and under `hash` the hash that names the base in chains."""
+    return {**read_json(path / "cola.json"), "hash": tree_hash(path / "cola.json")}
+
+
+def load_base(path: Path, machine: MachineConfig, labels: int = 0, dropout: float = 0.0) -> PreTrainedModel:
+    """Load a base in its master dtype, frozen, in eval mode; links are added to it before `place` casts it.
+
+    Args:
+        path: a base directory with cola.json.
+        labels: classes of an encoder's head (ignored by language models).
+        dropout: every dropout probability of the base itself.
+
+    Raises:
+        UserError: the directory is not a base that transformers can read.
+    """
+    kind = base_manifest(path)["kind"]
+    torch.set_num_threads(machine.threads)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        _set_dropout(config, dropout)
+        if kind == "encoder":
+            config.num_labels = labels
+        torch.manual_seed(0)  # the head that a checkpoint lacks is drawn here, then replaced by stage `head`
+        model: PreTrainedModel = getattr(transformers, CLASSES[kind]).from_pretrained(
+            path, config=config, dtype=BASES[machine.dtype].master, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be loaded as a {kind} model: {str(error).splitlines()[0]}") from None
+    return model.requires_grad_(False).eval()
+
+
+def place(model: PreTrainedModel, machine: MachineConfig) -> PreTrainedModel:
+    """Cast once to the compute dtype of the base store and move to the device."""
+    return model.to(dtype=BASES[machine.dtype].compute).to(machine.device)  # type: ignore[arg-type]
+
+
+def adaptable(model: nn.Module, targets: str | Sequence[str] = "all") -> dict[str, nn.Module]:
+    """The linear maps inside the model's numbered blocks, in model order.
+
+    Embeddings, the LM head, poolers and classifiers stand outside the blocks and are never adapted: a tied head would
+    change the embeddings with it.
+
+    Args:
+        targets: "all", or endings of module names such as ["q_proj", "v_proj"].
+
+    Raises:
+        UserError: a target that matches nothing, with what could be meant.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
+    }
+    if targets == "all":
+        return linears
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    for target in wanted:
+        if not any(_ends(name, target) for name in linears):
+            raise UserError(f"params.yaml: targets: no module of a block ends in {target!r}{suggest(target, endings)}")
+    return {name: module for name, module in linears.items() if any(_ends(name, target) for target in wanted)}
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear map, whichever way its weight is stored (GPT-2's Conv1D keeps in x out)."""
+    rows, columns = module.weight.shape  # type: ignore[union-attr]
+    return (int(columns), int(rows)) if isinstance(module, Conv1D) else (int(rows), int(columns))
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _set_dropout(config: Any, probability: float) -> None:
+    """Every family names its dropouts differently, but all names say so."""
+    for name, value in vars(config).items():
+        if ("dropout" in name or "pdrop" in name or "layerdrop" in name) and isinstance(value, int | float | None):
+            setattr(config, name, probability)
