@@ -148,7 +148,11 @@ def run(stage: Callable[[Context], Done]) -> None:
 
 
 def _complain(stage: str, line: str, code: int) -> int:
-    print(f"{stage}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    """One line on stderr, and for a flow that asks (COLA_FAILURE names a file) the exit code that DVC hides from it."""
+    told = f"{stage}: {' '.join(line.split())}"
+    print(told, file=sys.stderr, flush=True)
+    if note := os.environ.get("COLA_FAILURE"):
+        write_json(Path(note), {"code": code, "line": told})
     return code
 
 
