@@ -108,12 +108,21 @@ def open_context(stage: str, key: str | None, params: Path = Path("params.yaml")
     return Context(stage=f"{stage}@{key}" if key else stage, key=key, raw=raw)
 
 
-def record(context: Context, done: Done, started: float) -> Path:
+def chain_hash(paths: Sequence[Path]) -> str | None:
+    """The hash that commits to the whole chain so far, from the first path that carries one."""
+    manifests = (path / name for path in paths for name in ("chain.json", "link.json"))
+    return next((read_json(manifest).get("hash") for manifest in manifests if manifest.is_file()), None)
+
+
+def record(context: Context, done: Done, started: float, status: str = "FINISHED") -> Path:
     """Leave what a run used, made and measured under `.cola/records`; `sync` posts it to MLflow once."""
     now = time.time()
     content = {
         "id": context.record_id,
         "stage": context.stage,
+        "status": status,
+        "experiment": context.raw["register"]["name"],
+        "chain": chain_hash([*done.outputs, *done.inputs]),
         "started": datetime.fromtimestamp(started, UTC).isoformat(),
         "seconds": round(now - started, 3),
         "params": context.used,
@@ -139,12 +148,24 @@ def run(stage: Callable[[Context], Done]) -> None:
     name = Path(sys.argv[0]).stem
     try:
         context = open_context(name, sys.argv[1] if len(sys.argv) > 1 else None)
-        started = time.time()
-        record(context, stage(context), started)
+        _tracked(stage, context)
     except (UserError, RetryError) as error:
         sys.exit(_complain(name, str(error), error.exit_code))
     except KeyboardInterrupt:
         sys.exit(_complain(name, "stopped; the same command goes on from here", 130))
+
+
+def _tracked(stage: Callable[[Context], Done], context: Context) -> None:
+    """Run and record; a crash leaves a record too, but a user's mistake leaves nothing."""
+    started = time.time()
+    try:
+        done = stage(context)
+    except (UserError, RetryError):
+        raise
+    except Exception:
+        record(context, Done(), started, "FAILED")
+        raise
+    record(context, done, started)
 
 
 def _complain(stage: str, line: str, code: int) -> int:
