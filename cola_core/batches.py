@@ -1,0 +1,232 @@
+"""Prepared rows, the order in which they are read, and the tensors a model is given.
+
+A row is a prompt with one or more continuations to be scored (the right answer alone, or every candidate). For a causal
+model all continuations of a row share one prompt: their tokens follow it as branches that see the prompt and themselves
+only, so the prompt is computed once. Single-token continuations need no extra token at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola_core.errors import UserError
+from cola_core.files import read_json
+from cola_core.seeds import derive
+
+__all__ = ["Batch", "Row", "Task", "order", "read_rows"]
+
+WINDOW = 16  # batches whose rows are sorted by length together: most of the saving of a full sort, little of its bias
+
+
+@dataclass(frozen=True)
+class Task:
+    """task.json: how rows of this task are trained and scored."""
+
+    kind: str
+    loss: str
+    score: str
+    labels: list[str]
+    candidates: list[list[int]]
+    pad: int
+    end: int | None
+    start: int | None
+    max_new_tokens: int
+    extract: str | None
+
+    @classmethod
+    def read(cls, path: Path) -> Task:
+        """Read task.json; raises UserError where a field is missing."""
+        content = read_json(path)
+        missing = [f.name for f in fields(cls) if f.name not in content]
+        if missing:
+            raise UserError(f"{path}: {missing[0]}: missing; run `dvc repro prepare`")
+        return cls(**{f.name: content[f.name] for f in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prepared example: token ids of the prompt and of the supervised answer, and the index of its label."""
+
+    id: str
+    prompt: list[int]
+    answer: list[int]
+    label: int
+    reference: str
+
+
+@dataclass
+class Batch:
+    """What one forward pass needs.
+
+    inputs: tensors by the name the model gives them; rows, columns: T' positions whose logits are needed;
+    at: T indices into those positions, one per supervised token; targets: T token ids; owner: T indices of the
+    continuation a token belongs to; lengths: tokens per continuation; labels: one per row; tokens: tokens computed.
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+    columns: Tensor
+    at: Tensor
+    targets: Tensor
+    owner: Tensor
+    lengths: Tensor
+    labels: Tensor
+    tokens: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device)
+        moved["inputs"] = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Batch(**moved)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read one prepared split.
+
+    Raises:
+        UserError: the file is missing, truncated or not a prepared split.
+    """
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+            rows = reader.read_all().to_pylist()
+        return [Row(**row) for row in rows]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro prepare`, or `dvc checkout`") from None
+    except (pa.ArrowInvalid, OSError, TypeError) as error:
+        raise UserError(f"{path}: not a prepared split ({error}); restore it with `dvc checkout`") from None
+
+
+def order(lengths: Sequence[int], batch: int, steps: int, seed: int) -> list[list[int]]:
+    """Rows of every step: seeded epochs without repetition, batches of similar length, in random order.
+
+    Epochs follow one another without a gap, so each row is read once before any row is read again.
+
+    Args:
+        lengths: tokens of every row.
+        batch: rows of one step.
+
+    Returns:
+        `steps` lists of `batch` row indices.
+    """
+    generator = torch.Generator().manual_seed(derive(seed, "order"))
+    stream: list[int] = []
+    while len(stream) < steps * batch:
+        stream += torch.randperm(len(lengths), generator=generator).tolist()
+    plan: list[list[int]] = []
+    for start in range(0, steps * batch, WINDOW * batch):
+        window = sorted(stream[start : min(start + WINDOW * batch, steps * batch)], key=lambda i: (lengths[i], i))
+        batches = [window[i : i + batch] for i in range(0, len(window), batch)]
+        plan += [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return plan
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Right-pad token lists to one n x longest tensor."""
+    longest = max(len(s) for s in sequences)
+    return torch.tensor([[*s, *[value] * (longest - len(s))] for s in sequences], dtype=torch.long)
+
+
+def mask_of(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """1 where a token of the sequence stands, 0 where padding does: by position, never by token id."""
+    return pad([[1] * len(s) for s in sequences], 0)
+
+
+Continuations = Sequence[Sequence[Sequence[int]]]
+
+
+def causal(rows: Sequence[Row], continuations: Continuations, task: Task) -> Batch:
+    """Prompt, then the branches of its continuations (all but each one's last token, which nothing has to read)."""
+    sequences, positions, branches, spots = [], [], [], _Spots()
+    for index, (row, conts) in enumerate(zip(rows, continuations, strict=True)):
+        ids, place, branch = list(row.prompt), list(range(len(row.prompt))), [0] * len(row.prompt)
+        for number, tokens in enumerate(conts, start=1):
+            start = len(ids)
+            columns = [len(row.prompt) - 1, *range(start, start + len(tokens) - 1)]
+            spots.add(index, columns, tokens)
+            ids += tokens[:-1]
+            place += [len(row.prompt) + j for j in range(len(tokens) - 1)]
+            branch += [number] * (len(tokens) - 1)
+        sequences.append(ids)
+        positions.append(place)
+        branches.append(branch)
+    inputs = {"input_ids": pad(sequences, task.pad)}
+    if any(len({b for b in branch if b}) > 1 for branch in branches):
+        inputs |= {"position_ids": pad(positions, 0), "attention_mask": _branch_mask(branches)}
+    return spots.batch(inputs, rows, sum(map(len, sequences)))
+
+
+def seq2seq(rows: Sequence[Row], continuations: Continuations, task: Task) -> Batch:
+    """Encoder reads every prompt once; the decoder scores each continuation in a row of its own."""
+    assert task.start is not None, "prepare writes the decoder's start token for seq2seq models"
+    prompts = [row.prompt for row in rows]
+    decoder, source, spots = [], [], _Spots()
+    for index, conts in enumerate(continuations):
+        for tokens in conts:
+            spots.add(len(decoder), range(len(tokens)), tokens)
+            decoder.append([task.start, *tokens[:-1]])
+            source.append(index)
+    inputs = {
+        "input_ids": pad(prompts, task.pad),
+        "attention_mask": mask_of(prompts),
+        "decoder_input_ids": pad(decoder, task.pad),
+        "source": torch.tensor(source),
+    }
+    return spots.batch(inputs, rows, sum(map(len, prompts)) + sum(map(len, decoder)))
+
+
+def encoder(rows: Sequence[Row], continuations: Continuations, task: Task) -> Batch:
+    """The whole input; the head answers for every label at once."""
+    prompts = [row.prompt for row in rows]
+    inputs = {"input_ids": pad(prompts, task.pad), "attention_mask": mask_of(prompts)}
+    return _Spots().batch(inputs, rows, sum(map(len, prompts)))
+
+
+COLLATE: dict[str, Callable[[Sequence[Row], Continuations, Task], Batch]] = {
+    "causal": causal,
+    "seq2seq": seq2seq,
+    "encoder": encoder,
+}
+
+
+class _Spots:
+    """Collects where logits are needed; positions shared by several continuations are kept once."""
+
+    def __init__(self) -> None:
+        self.unique: dict[tuple[int, int], int] = {}
+        self.lists: dict[str, list[int]] = {"at": [], "targets": [], "owner": [], "lengths": []}
+
+    def add(self, row: int, columns: Sequence[int], tokens: Sequence[int]) -> None:
+        for column, token in zip(columns, tokens, strict=True):
+            self.lists["at"].append(self.unique.setdefault((row, column), len(self.unique)))
+            self.lists["targets"].append(token)
+            self.lists["owner"].append(len(self.lists["lengths"]))
+        self.lists["lengths"].append(len(tokens))
+
+    def batch(self, inputs: dict[str, Tensor], rows: Sequence[Row], tokens: int) -> Batch:
+        where = torch.tensor(list(self.unique), dtype=torch.long).reshape(-1, 2)
+        tensors: dict[str, Any] = {k: torch.tensor(v, dtype=torch.long) for k, v in self.lists.items()}
+        labels = torch.tensor([row.label for row in rows])
+        return Batch(inputs, where[:, 0], where[:, 1], labels=labels, tokens=tokens, **tensors)
+
+
+def _branch_mask(branches: Sequence[Sequence[int]]) -> Tensor:
+    """n x 1 x L x L, true where a token may look: backwards, at the prompt (branch 0) and its own branch.
+
+    Padding is branch -1: nothing of the sequence sees it, and it sees itself so that no row is empty.
+    """
+    branch = pad(branches, -1)
+    query, key = branch[:, :, None], branch[:, None, :]
+    length = branch.shape[1]
+    backwards = torch.ones(length, length, dtype=torch.bool).tril()
+    return (backwards & ((key == query) | ((key == 0) & (query >= 0))))[:, None]

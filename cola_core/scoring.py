@@ -1,0 +1,135 @@
+"""Log-probabilities of continuations, and the training loss made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from cola_core.batches import COLLATE, Batch, Row, Task
+
+__all__ = ["Objective", "batches_of"]
+
+
+class Objective(nn.Module):
+    """A model with its task: forward gives the loss, `scores` the log-probability of every candidate.
+
+    Logits are computed only at the positions that are scored: about half the step of a short-answer task is saved, with
+    the same loss and gradients.
+    """
+
+    def __init__(self, model: PreTrainedModel, kind: str, task: Task) -> None:
+        super().__init__()
+        self.model, self.kind, self.task = model, kind, task
+
+    def training_batch(self, rows: Sequence[Row]) -> Batch:
+        """What the loss reads: the right answer of every row, or all candidates where they are compared."""
+        return self._collate(rows, compare=self.task.loss == "candidates")
+
+    def scoring_batch(self, rows: Sequence[Row]) -> Batch:
+        """What `scores` reads: every candidate of every row."""
+        return self._collate(rows, compare=bool(self.task.candidates))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Summed loss over a batch made by `training_batch`; divide by `units` for the mean.
+
+        answer: negative log-likelihood of the right answer's tokens; candidates (and encoders): cross-entropy over the
+        candidates' summed log-probabilities (the heads' logits).
+        """
+        if self.kind == "encoder":
+            return functional.cross_entropy(self._logits(batch).float(), batch.labels, reduction="sum")
+        tokens = self._token_log_probabilities(batch)
+        if self.task.loss == "answer":
+            return -tokens.sum()
+        sums = self._sum(tokens, batch).view(len(batch.labels), -1)
+        return functional.cross_entropy(sums, batch.labels, reduction="sum")
+
+    def units(self, batch: Batch) -> int:
+        """What the loss is a sum over: supervised tokens, or rows where candidates or labels are compared."""
+        by_token = self.kind != "encoder" and self.task.loss == "answer"
+        return len(batch.targets) if by_token else len(batch.labels)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """n x C log-probabilities (sums or means per candidate) of a batch made by `scoring_batch`."""
+        if self.kind == "encoder":
+            return functional.log_softmax(self._logits(batch).float(), dim=-1)
+        sums = self._sum(self._token_log_probabilities(batch), batch)
+        return (sums / batch.lengths if self.task.score == "mean" else sums).view(len(batch.labels), -1)
+
+    def _collate(self, rows: Sequence[Row], compare: bool) -> Batch:
+        continuations = [self.task.candidates if compare else [row.answer] for row in rows]
+        return COLLATE[self.kind](rows, continuations, self.task).to(self.model.device)
+
+    def _token_log_probabilities(self, batch: Batch) -> Tensor:
+        """log p of every supervised token, computed in float32 or wider."""
+        logits = self._logits(batch)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits[batch.at, batch.targets] - logits.logsumexp(-1)[batch.at]
+
+    def _sum(self, tokens: Tensor, batch: Batch) -> Tensor:
+        return tokens.new_zeros(len(batch.lengths)).index_add(0, batch.owner, tokens)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """T' x vocabulary at the batch's positions (language models), n x labels (encoders)."""
+        with _only_positions(self.model, batch):
+            return FORWARD[self.kind](self.model, batch.inputs)
+
+
+def batches_of(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+    """Indices of rows, shortest first, `size` at a time, so that little is padded."""
+    ordered = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].answer), i))
+    return (ordered[i : i + size] for i in range(0, len(ordered), size))
+
+
+@contextmanager
+def _only_positions(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
+    """Let the output layer see only the hidden states whose logits are needed, whatever the model does around it."""
+    head = model.get_output_embeddings()
+    if head is None or not len(batch.rows):
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][batch.rows, batch.columns],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _causal(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """A branch mask becomes additive in the model's dtype; plain rows need none, since they are padded on the right."""
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        blocked = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+        inputs = {**inputs, "attention_mask": blocked.masked_fill(~mask, torch.finfo(model.dtype).min)}
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+def _seq2seq(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    hidden = model.get_encoder()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+    source = inputs["source"]
+    logits: Tensor = model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=hidden[source]),
+        attention_mask=inputs["attention_mask"][source],
+        decoder_input_ids=inputs["decoder_input_ids"],
+        use_cache=False,
+    ).logits
+    return logits
+
+
+def _encoder(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+FORWARD: dict[str, Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]] = {
+    "causal": _causal,
+    "seq2seq": _seq2seq,
+    "encoder": _encoder,
+}
