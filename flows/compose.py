@@ -1,0 +1,167 @@
+"""params.yaml of a run: the file as it stands plus dotted overrides, or conf/ composed by Hydra as `dvc exp run` does."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cola_core.config.base import read_yaml
+from cola_core.config.params import check_params
+from cola_core.errors import UserError, suggest
+
+__all__ = ["choices", "compose", "edits"]
+
+GROUPS = ("method", "task", "model", "chain", "machine")
+PLAIN = re.compile(r"(?!(?i:inf|nan|null|true|false)$)[A-Za-z_][A-Za-z0-9_.\-]*")
+
+
+def choices(root: Path, group: str) -> list[str]:
+    """The names that conf/<group>/ offers, such as `m2` and `first_link_only/m2` of `chain`."""
+    folder = root / "conf" / group
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+
+
+def compose(root: Path, picks: Mapping[str, str | None], overrides: Sequence[str] = ()) -> str:
+    """The text of params.yaml for a run of the project at `root`, checked whole.
+
+    Args:
+        picks: {group of conf/: choice}, none = as params.yaml stands. With any choice, also one among the overrides
+            (`machine=cpu_bf16`), conf/ is composed; else the overrides are laid over params.yaml.
+        overrides: Hydra's `key.key=value`, `+new.key=value`, `~key`.
+
+    Raises:
+        UserError: an unknown choice or key, hand edits that composing would drop, anything `check_params` refuses.
+    """
+    chosen, rest = _picks(root, picks, overrides)
+    current = read_yaml(root / "params.yaml")
+    if chosen and (lost := edits(root, current)):
+        raise UserError(
+            f"params.yaml has edits that composing conf/ for {', '.join(chosen)} would drop; "
+            f"undo them and add: {_arguments(lost)}"
+        )
+    text = _composed(root, chosen, rest) if chosen else _laid_over(root, rest)
+    check_params(yaml.safe_load(text))
+    return text
+
+
+def edits(root: Path, current: dict[str, Any]) -> list[str]:
+    """What was changed by hand in `current`: overrides that turn the composition of its recipe and task into it."""
+    origin = {
+        group: name
+        for group, name in (("method", current.get("recipe")), ("task", current.get("task")))
+        if name in choices(root, group)
+    }
+    return list(_difference("", yaml.safe_load(_composed(root, origin, [])), current))
+
+
+def _picks(
+    root: Path, picks: Mapping[str, str | None], overrides: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Choices of groups, wherever they were named, and the other overrides."""
+    chosen = {group: name for group, name in picks.items() if name is not None}
+    rest = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals and not override.startswith("~"):
+            raise UserError(f"override {override!r}: expected key=value, such as link.steps=20")
+        if key in GROUPS:
+            chosen[key] = value
+        else:
+            rest.append(override)
+    for group, name in chosen.items():
+        if name not in (allowed := choices(root, group)):
+            raise UserError(f"{group}: conf/{group} has no {name!r}{suggest(name, allowed)}")
+    return chosen, rest
+
+
+def _composed(root: Path, chosen: Mapping[str, str], overrides: Sequence[str]) -> str:
+    from dvc.utils.hydra import compose_and_dump
+
+    arguments = [*(f"{group}={name}" for group, name in chosen.items()), *overrides]
+    conf = (root / "conf").resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "params.yaml"
+        with _told(root):
+            compose_and_dump(made, str(conf), None, "config", str(conf / "plugins"), arguments)
+        return made.read_text(encoding="utf-8")
+
+
+def _laid_over(root: Path, overrides: Sequence[str]) -> str:
+    from dvc.utils.hydra import apply_overrides
+
+    text = (root / "params.yaml").read_text(encoding="utf-8")
+    if not overrides:
+        return text
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "params.yaml"
+        made.write_text(text, encoding="utf-8")
+        with _told(root):
+            apply_overrides(made, list(overrides))
+        return made.read_text(encoding="utf-8")
+
+
+@contextmanager
+def _told(root: Path) -> Iterator[None]:
+    """Hydra's and OmegaConf's errors as one line of ours."""
+    from dvc.exceptions import InvalidArgumentError
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (InvalidArgumentError, HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error, InvalidArgumentError) and error.__cause__ else error
+        if unknown := re.search(r"Could not (?:override|delete)[^']*'([^']+)'", str(cause)):
+            raise UserError(f"override: {_unknown(unknown[1], read_yaml(root / 'params.yaml'))}") from None
+        raise UserError(f"override: {' '.join(str(cause).split('See http')[0].split())}") from None
+
+
+def _unknown(key: str, node: Any) -> str:
+    """Where the dotted `key` leaves what params.yaml has, and the word that may have been meant."""
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return f"{key}: no such key{suggest(part, node if isinstance(node, dict) else [])} (+{key}=... adds one)"
+        node = node[part]
+    return f"{key}: cannot be set"
+
+
+def _difference(prefix: str, old: Any, new: Any) -> Iterator[str]:
+    """Overrides that turn `old` into `new`, key by key."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        if old != new or type(old) is not type(new):
+            yield f"{prefix}={_value(new)}"
+        return
+    for key in [*old, *(key for key in new if key not in old)]:
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if key not in new:
+            yield f"~{path}"
+        elif key not in old and new[key] and isinstance(new[key], dict):
+            yield from ("+" + added.lstrip("+") for added in _difference(path, {}, new[key]))
+        elif key not in old:
+            yield f"+{path}={_value(new[key])}"
+        else:
+            yield from _difference(path, old[key], new[key])
+
+
+def _value(value: Any) -> str:
+    """`value` in Hydra's grammar, where JSON is almost at home: keys go unquoted, plain words too."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_value(str(key))}:{_value(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_value(inner) for inner in value) + "]"
+    if isinstance(value, str) and not PLAIN.fullmatch(value):
+        # Hydra reads \' as a quote and halves backslashes only before one or at the end.
+        return "'" + re.sub(r"(\\*)('|\Z)", lambda at: at[1] * 2 + ("\\'" if at[2] else ""), value) + "'"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _arguments(overrides: Sequence[str]) -> str:
+    return " ".join(f"-S {shlex.quote(override)}" for override in overrides)
