@@ -1,0 +1,140 @@
+"""The MLflow store: where it is, how it opens without noise, and one clear line when it is out of reach."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cola_core.errors import RetryError, UserError
+from tasks.places import home, main_checkout
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+__all__ = ["Store", "locked", "mask", "open_store", "tracking_uri"]
+
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+SENSITIVE = r"(?:token|password|passwd|secret|credentials?|(?:api|access|private)_?key)"
+SECRET_KEY = re.compile(rf"(?:^|[^A-Za-z0-9]){SENSITIVE}(?:$|[^A-Za-z0-9])", re.IGNORECASE)
+USERINFO = re.compile(r"(?<=://)[^/\s]+@")
+QUERY = re.compile(rf"([?&;][\w\-]*{SENSITIVE}[\w\-]*=)[^&;\s]+", re.IGNORECASE)
+BATCH = {"params": 100, "tags": 100, "metrics": 1000}  # what one call of log_batch may carry
+REFUSED = {"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "BAD_REQUEST"}
+
+
+@dataclass
+class Store:
+    """An open MLflow store; experiments are made when first asked for."""
+
+    client: MlflowClient
+    uri: str
+    experiments: dict[str, str] = field(default_factory=dict)
+
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, made or taken out of the bin if need be."""
+        if name not in self.experiments:
+            found = self.client.get_experiment_by_name(name)
+            if found is not None and found.lifecycle_stage == "deleted":
+                self.client.restore_experiment(found.experiment_id)
+            self.experiments[name] = found.experiment_id if found else self._new_experiment(name)
+        return self.experiments[name]
+
+    def run(self, record: dict[str, Any], started: int) -> Run:
+        """The run of a record (of any state, binned ones too), made RUNNING if there is none yet.
+
+        Args:
+            record: at least `id`, `stage` and `experiment`.
+            started: milliseconds since 1970.
+        """
+        from mlflow.entities import ViewType
+
+        experiment = self.experiment(record["experiment"])
+        same = f"tags.`cola.record` = '{record['id']}'"
+        found = self.client.search_runs([experiment], same, ViewType.ALL, max_results=1)
+        tags = {"cola.record": record["id"], "mlflow.source.name": f"tasks/{record['stage'].split('@')[0]}.py"}
+        return found[0] if found else self.client.create_run(experiment, started, tags, run_name=record["stage"])
+
+    def log(self, run_id: str, kind: str, items: Sequence[Any]) -> None:
+        """Write params, tags or metrics (`kind`) in as few calls as MLflow allows."""
+        for first in range(0, len(items), BATCH[kind]):
+            part: dict[str, Any] = {kind: items[first : first + BATCH[kind]]}
+            self.client.log_batch(run_id, **part)
+
+    def _new_experiment(self, name: str) -> str:
+        """Beside a database the artifacts lie in the main checkout; a server decides for itself."""
+        place = None if self.uri.startswith("http") else str(main_checkout() / "mlartifacts" / name)
+        # the tag opens MLflow's page on runs and models; its own guess would be the view for chat agents
+        return self.client.create_experiment(name, place, {"mlflow.experimentKind": "custom_model_development"})
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or mlflow.db in the main checkout whatever workspace asks.
+
+    Raises:
+        UserError: a file store, which MLflow 3 no longer writes.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"sqlite:///{main_checkout() / 'mlflow.db'}"
+    if "://" not in uri or uri.startswith("file:"):
+        raise UserError(f"MLFLOW_TRACKING_URI: {mask(uri)!r} is no store; allowed: sqlite:///, postgresql://, mysql://, http(s)://")
+    return uri
+
+
+@contextmanager
+def open_store() -> Iterator[Store]:
+    """Open the store; whatever goes wrong with it inside the block is told in one line.
+
+    Raises:
+        RetryError: unreachable, locked or full; nothing on disk is lost.
+        UserError: the store refuses what it is asked, or its address is none.
+    """
+    uri = tracking_uri()
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for logger in ("mlflow", "alembic", "urllib3"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        with locked("store"):  # two processes that both make the tables of a new database get in each other's way
+            store = Store(MlflowClient(uri, uri), uri)
+            store.client.search_experiments(max_results=1)
+        yield store
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        refused = getattr(error, "error_code", "") in REFUSED
+        raise (UserError if refused else RetryError)(_line(uri, error)) from None
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Hold `.cola/<name>.lock`; the lock of a process that died is free."""
+    home().mkdir(parents=True, exist_ok=True)
+    with (home() / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def mask(text: str, key: str = "") -> str:
+    """`text` without secrets: all of it under a key such as `hub.token`, else user info and tokens inside addresses."""
+    if SECRET_KEY.search(key):
+        return "***"
+    return QUERY.sub(r"\1***", USERINFO.sub("***@", text))
+
+
+def _line(uri: str, error: BaseException) -> str:
+    words = str(error).strip().splitlines() or [type(error).__name__]
+    return mask(f"MLflow at {uri}: {words[0][:300]}; the records are kept, `cola sync` posts them later")

@@ -1,0 +1,298 @@
+"""Records reach MLflow exactly once, whatever is killed, deleted or out of reach."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cola_core.errors import RetryError, UserError
+from tasks import live as live_log
+from tasks.places import home, main_checkout
+from tasks.stage import Context, Done, record
+from tasks.store import Store, mask, open_store
+from tasks.sync import sync
+
+REPOSITORY = Path(__file__).parents[1]
+RAW: dict[str, Any] = {"recipe": "gora", "task": "r8", "seed": 3, "register": {"name": "cola-r8"}}
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with its tables, made once: making them takes MLflow three seconds."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        patch.chdir(path.parent)
+        main_checkout.cache_clear()
+        with open_store():
+            pass
+    return path
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A checkout of its own with an empty store, and the current folder."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    main_checkout.cache_clear()
+    yield tmp_path
+    main_checkout.cache_clear()
+
+
+def left(stage: str, *, inputs: tuple[str, ...] = (), outputs: tuple[str, ...] = (), **done: Any) -> str:
+    """Leave the record of a stage that read and wrote these files; returns its id."""
+    context = Context(stage=stage, key=None, raw=RAW, used={"link": {"steps": 4, "betas": [0.9, 0.999]}})
+    for name in outputs:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(f"made by {stage}")
+    done |= {"inputs": [Path(name) for name in inputs], "outputs": [Path(name) for name in outputs]}
+    record(context, Done(**done), time.time())
+    return context.record_id
+
+
+def runs() -> dict[str, Any]:
+    """Every run of the store by its record id; two runs of one record fail here."""
+    with open_store() as store:
+        found = list(store.client.search_runs([e.experiment_id for e in store.client.search_experiments()]))
+    ids = [run.data.tags["cola.record"] for run in found]
+    assert len(ids) == len(set(ids)), "a record was posted twice"
+    return dict(zip(ids, found, strict=True))
+
+
+def history(run_id: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every logged point, in order."""
+    with open_store() as store:
+        return sorted((m.step, m.value) for m in store.client.get_metric_history(run_id, name))
+
+
+def test_a_record_becomes_one_whole_run(checkout: Path) -> None:
+    (checkout / "loss.png").write_bytes(b"png")
+    first = left("prepare", outputs=("artifacts/prepare/task.json",))
+    done = {"metrics": {"loss": 0.5, "accuracy": 0.75}, "series": {"loss": [[1, 2.0], [2, 0.6]]}}
+    second = left("link@1", inputs=("artifacts/prepare/task.json",), artifacts=[Path("loss.png")], **done)
+    assert sync() == 2
+    found = runs()
+    run, upstream = found[second], found[first]
+    assert (run.info.run_name, run.info.status) == ("link@1", "FINISHED")
+    shared = {"recipe": "gora", "task": "r8", "seed": "3"}
+    assert run.data.params == {**shared, "link.steps": "4", "link.betas": "[0.9, 0.999]"}
+    assert run.data.tags["cola.upstream"] == upstream.info.run_id
+    name = "artifacts/prepare/task.json"
+    assert run.data.tags[f"cola.in.{name}"] == upstream.data.tags[f"cola.out.{name}"]
+    assert run.data.metrics == {"loss": 0.5, "accuracy": 0.75}
+    assert history(run.info.run_id, "loss") == [(1, 2.0), (2, 0.5), (2, 0.6)]
+    with open_store() as store:
+        assert {f.path for f in store.client.list_artifacts(run.info.run_id)} == {"figures", "params.yaml"}
+        assert store.client.get_experiment(run.info.experiment_id).name == "cola-r8"
+
+
+def test_a_second_call_posts_nothing(checkout: Path) -> None:
+    left("fetch")
+    assert (sync(), sync()) == (1, 0)
+    left("prepare")
+    assert sync() == 1
+    assert len(runs()) == 2
+
+
+@pytest.mark.parametrize("step", ["log", "set_terminated", "log_text", "set_tag"])
+def test_killed_anywhere_the_next_call_completes_the_same_run(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    from mlflow import MlflowClient
+
+    identity = left("link@1", metrics={"loss": 0.5}, series={"loss": [[1, 2.0], [2, 1.0]]})
+    owner = Store if step == "log" else MlflowClient
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sync()
+    before = runs()[identity].info.run_id
+    assert sync() == 1
+    run = runs()[identity]
+    assert (run.info.run_id, run.info.status) == (before, "FINISHED")
+    assert history(before, "loss") == [(1, 2.0), (2, 0.5), (2, 1.0)]
+    assert sync() == 0
+
+
+def test_a_deleted_database_is_filled_again(checkout: Path, empty_database: Path) -> None:
+    identities = {left("fetch"), left("prepare")}
+    sync()
+    shutil.copy(empty_database, checkout / "mlflow.db")
+    assert runs() == {}
+    assert sync() == 2
+    assert runs().keys() == identities
+
+
+def test_a_binned_run_stays_in_the_bin(checkout: Path) -> None:
+    identity = left("fetch")
+    sync()
+    with open_store() as store:
+        store.client.delete_run(store.run({"id": identity, "stage": "fetch", "experiment": "cola-r8"}, 0).info.run_id)
+    assert sync() == 0
+    assert runs() == {}
+
+
+def test_two_calls_at_once_post_each_record_once(checkout: Path) -> None:
+    for number in range(4):
+        left(f"link@{number}")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "tasks.sync"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    calls = [subprocess.Popen(command, env=environment, text=True, **pipes) for _ in "12"]
+    told = sorted(call.communicate(timeout=60) for call in calls)
+    assert told == [("sync: 0 record(s) posted\n", ""), ("sync: 4 record(s) posted\n", "")]
+    assert len(runs()) == 4
+
+
+def test_a_crash_is_a_failed_run_and_a_crash_only(checkout: Path) -> None:
+    context = Context(stage="merge", key=None, raw=RAW)
+    record(context, Done(), time.time(), "FAILED")
+    sync()
+    assert runs()[context.record_id].info.status == "FAILED"
+
+
+def test_out_of_reach_is_one_line_and_keeps_the_records(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left("fetch")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:hunter2@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RetryError) as told:
+        sync()
+    assert "\n" not in str(told.value) and "127.0.0.1:9" in str(told.value)
+    assert "hunter2" not in str(told.value)
+    assert len(list((home() / "records").iterdir())) == 1
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert sync() == 1
+
+
+def test_a_full_store_is_one_line_and_the_next_call_goes_on(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = left("fetch")
+    with monkeypatch.context() as patch:
+        full = OSError(28, "No space left on device")
+        patch.setattr("mlflow.MlflowClient.log_text", lambda *_: (_ for _ in ()).throw(full))
+        with pytest.raises(RetryError, match="No space left"):
+            sync()
+    assert sync() == 1
+    assert runs()[identity].info.status == "FINISHED"
+
+
+def test_a_file_store_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left("fetch")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    with pytest.raises(UserError, match="allowed: sqlite"):
+        sync()
+
+
+def test_a_broken_record_names_its_file(checkout: Path) -> None:
+    left("fetch")
+    path = next((home() / "records").iterdir())
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(UserError, match=path.name):
+        sync()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "wanted"),
+    [
+        ("https://me:secret@host/x", "", "https://***@host/x"),
+        ("postgresql://u:p@ss@host/db", "", "postgresql://***@host/db"),
+        ("https://host/x?api_key=abc&rows=3", "", "https://host/x?api_key=***&rows=3"),
+        ("hf_abc", "fetch.hub_token", "***"),
+        ("hunter2", "store.password", "***"),
+        ("72", "prepare.max_tokens", "72"),
+        ("hub:org/name@revision", "fetch.model.asset", "hub:org/name@revision"),
+    ],
+)
+def test_secrets_are_masked_and_nothing_else(text: str, key: str, wanted: str) -> None:
+    assert mask(text, key) == wanted
+
+
+def test_no_secret_reaches_the_store(checkout: Path) -> None:
+    used = {"fetch": {"asset": "https://me:hunter2@host/x", "hub_token": "hunter2", "list": ["https://a:hunter2@b"]}}
+    context = Context(stage="fetch", key=None, raw=RAW, used=used)
+    record(context, Done(), time.time())
+    sync()
+    with sqlite3.connect(checkout / "mlflow.db") as database:
+        assert "hunter2" not in "\n".join(database.iterdump())
+    assert not [f for f in (checkout / "mlartifacts").rglob("*") if f.is_file() and "hunter2" in f.read_text()]
+
+
+def test_live_and_sync_share_one_run(checkout: Path) -> None:
+    context = Context(stage="link@1", key="1", raw=RAW)
+    with live_log.Live(context) as live:
+        live.step(1, {"loss": 2.0})
+        live.step(2, {"loss": 1.0})
+    before = runs()[context.record_id]
+    assert history(before.info.run_id, "loss") == [(1, 2.0), (2, 1.0)]
+    record(context, Done(series={"loss": [[1, 2.0], [2, 1.0], [3, 0.5]]}), time.time())
+    assert sync() == 1
+    run = runs()[context.record_id]
+    assert run.info.run_id == before.info.run_id
+    assert history(run.info.run_id, "loss") == [(1, 2.0), (2, 1.0), (3, 0.5)]
+    assert not list((home() / "live").iterdir())
+
+
+def test_a_live_run_whose_process_died_does_not_stay_running(checkout: Path) -> None:
+    left("fetch")
+    program = (
+        "import os, time; from tasks.live import Live; from tasks.stage import Context\n"
+        f"live = Live(Context('link@1', '1', {RAW!r}, 'dead'))\n"
+        "live.step(1, {'loss': 1.0})\n"
+        "while not live._points.empty(): time.sleep(0.05)\n"
+        "time.sleep(1.0); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, timeout=60)
+    assert runs()["dead"].info.status == "RUNNING"
+    sync()
+    assert runs()["dead"].info.status == "KILLED"
+
+
+def test_sync_leaves_a_living_run_alone(checkout: Path) -> None:
+    left("fetch")
+    live = live_log.Live(Context(stage="link@1", key="1", raw=RAW, record_id="alive"))
+    live.step(1, {"loss": 1.0})
+    while "alive" not in runs():
+        time.sleep(0.05)
+    sync()
+    assert runs()["alive"].info.status == "RUNNING"
+    live.close("FAILED")
+    assert runs()["alive"].info.status == "FAILED"
+
+
+def test_live_trouble_is_one_line_and_training_goes_on(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tasks.live.open_store", lambda: (_ for _ in ()).throw(ValueError("https://me:hunter2@host")))
+    with live_log.Live(Context(stage="link@1", key="1", raw=RAW)) as live:
+        for step in range(5):
+            live.step(step, {"loss": 1.0})
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("link@1: live log: ") and "hunter2" not in told
+
+
+def test_a_stage_without_steps_never_imports_mlflow(checkout: Path) -> None:
+    program = (
+        "import sys; from tasks.live import Live; from tasks.stage import Context\n"
+        f"with Live(Context('link@1', '1', {RAW!r})): pass\n"
+        "sys.exit('mlflow' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True)
+
+
+def test_the_marker_tells_sync_what_to_look_for(checkout: Path) -> None:
+    live = live_log.Live(Context(stage="link@1", key="1", raw=RAW, record_id="r1"))
+    live.step(1, {"loss": 1.0})
+    marker = json.loads((home() / "live" / "r1.json").read_text())
+    live.close()
+    assert marker == {"id": "r1", "stage": "link@1", "experiment": "cola-r8"}
