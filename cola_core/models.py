@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from cola_core.axes.bases import BASES
 from cola_core.config.recipe import MachineConfig
-from cola_core.errors import UserError, suggest
+from cola_core.errors import UserError
 from cola_core.files import read_json, tree_hash
 
-__all__ = ["adaptable", "base_manifest", "load_base", "place", "weight_shape"]
+__all__ = ["adaptable", "base_manifest", "head_parameters", "load_base", "module_shapes", "place", "weight_shape"]
 
 CLASSES = {
     "causal": "AutoModelForCausalLM",
@@ -63,41 +62,39 @@ def place(model: PreTrainedModel, machine: MachineConfig) -> PreTrainedModel:
     return model.to(dtype=BASES[machine.dtype].compute).to(machine.device)  # type: ignore[arg-type]
 
 
-def adaptable(model: nn.Module, targets: str | Sequence[str] = "all") -> dict[str, nn.Module]:
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """The linear maps inside the model's numbered blocks, in model order.
 
     Embeddings, the LM head, poolers and classifiers stand outside the blocks and are never adapted: a tied head would
     change the embeddings with it.
-
-    Args:
-        targets: "all", or endings of module names such as ["q_proj", "v_proj"].
-
-    Raises:
-        UserError: a target that matches nothing, with what could be meant.
     """
-    linears = {
+    return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
     }
-    if targets == "all":
-        return linears
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    for target in wanted:
-        if not any(_ends(name, target) for name in linears):
-            raise UserError(f"params.yaml: targets: no module of a block ends in {target!r}{suggest(target, endings)}")
-    return {name: module for name, module in linears.items() if any(_ends(name, target) for target in wanted)}
+
+
+def module_shapes(path: Path, kind: str) -> dict[str, list[int]]:
+    """(out, in) of everything adaptable in a base directory, without reading a weight; `fetch` keeps it in cola.json."""
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    with torch.device("meta"):
+        model = getattr(transformers, CLASSES[kind]).from_config(config)
+    return {name: list(weight_shape(module)) for name, module in adaptable(model).items()}
+
+
+def head_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """An encoder's head: what stands beside the base model proper; nothing in a language model."""
+    if model.get_output_embeddings() is not None:
+        return {}
+    prefix = f"{model.base_model_prefix}."
+    return {name: p for name, p in model.named_parameters() if not name.startswith(prefix)}
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear map, whichever way its weight is stored (GPT-2's Conv1D keeps in x out)."""
     rows, columns = module.weight.shape  # type: ignore[union-attr]
     return (int(columns), int(rows)) if isinstance(module, Conv1D) else (int(rows), int(columns))
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def _set_dropout(config: Any, probability: float) -> None:

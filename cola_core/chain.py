@@ -1,0 +1,145 @@
+"""The chain: an ordered list of links over a root base, each committing to its parent by hash.
+
+Folder k holds link k's adapter and link.json; folder 0 holds the root: which base, and an encoder's first head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cola_core.adapter_files import Adapter, read_adapter, write_adapter
+from cola_core.adapters import Pair, add_pair
+from cola_core.errors import UserError
+from cola_core.files import new_dir, read_json, tree_hash, write_json
+from cola_core.models import base_manifest, head_parameters
+
+__all__ = ["Link", "read_chain", "tie", "write_link", "write_root"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One folder of the chain; `record` is link.json, `hash` commits to it, its files and all its ancestors."""
+
+    folder: Path
+    record: dict[str, Any]
+    hash: str
+
+    @property
+    def number(self) -> int:
+        """0 for the root."""
+        return int(self.record["link"])
+
+    def adapter(self) -> Adapter:
+        """The adapter's files, read."""
+        return read_adapter(self.folder)
+
+    def head(self) -> dict[str, Tensor]:
+        """An encoder's head after this link, empty for language models."""
+        path = self.folder / "head.safetensors"
+        try:
+            return load_file(path) if self.number == 0 and path.exists() else {} if self.number == 0 else self.adapter().head
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
+
+
+def write_root(folder: Path, base: Path, labels: int, head: dict[str, Tensor]) -> None:
+    """Write link 0: the base's reference and hash, and the head that every recipe starts from."""
+    manifest = base_manifest(base)
+    with new_dir(folder) as temporary:
+        if head:
+            save_file({n: t.contiguous() for n, t in head.items()}, temporary / "head.safetensors", metadata={"format": "pt"})
+        reference = {key: manifest[key] for key in ("asset", "hash", "kind", "family")}
+        _seal(temporary, {"link": 0, "parent": None, "base": reference, "labels": labels})
+
+
+def write_link(folder: Path, adapter: Adapter, record: dict[str, Any], extra: dict[str, str]) -> None:
+    """Write one link whole or not at all.
+
+    Args:
+        record: link.json without its file hashes.
+        extra: more text files by name, such as losses.csv.
+    """
+    with new_dir(folder) as temporary:
+        write_adapter(temporary, adapter)
+        for name, text in extra.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        _seal(temporary, record)
+
+
+def read_chain(folder: Path) -> list[Link]:
+    """Every link from the root to the one in `folder` (`links/<k>/adapter`), walked by parent, never globbed.
+
+    Raises:
+        UserError: a link is missing or changed, or its parent is not the one it was trained on.
+    """
+    link = _read_link(folder)
+    chain = [link]
+    while link.number > 0:
+        parent = _read_link(folder.parent.parent / str(link.number - 1) / folder.name)
+        if parent.hash != link.record["parent"]["hash"]:
+            raise UserError(
+                f"{link.folder}: was trained on another link {parent.number} "
+                f"({link.record['parent']['hash'][:12]}, found {parent.hash[:12]}); run `dvc repro`"
+            )
+        chain.append(parent)
+        link = parent
+    return chain[::-1]
+
+
+def tie(model: PreTrainedModel, chain: Sequence[Link]) -> Iterator[tuple[int, dict[str, float]]]:
+    """Tie every knot of `chain` into a model in its master dtype, and give it the last head (laws 3 and 5).
+
+    Yields:
+        after each link: its number and the relative merge error of every module.
+
+    Raises:
+        UserError: a weight is not finite after a merge.
+    """
+    for link in chain[1:]:
+        adapter = link.adapter()
+        yield link.number, {name: _add(model.get_submodule(name), name, pair, link) for name, pair in adapter.pairs.items()}
+    head = head_parameters(model)
+    with torch.no_grad():
+        for name, tensor in chain[-1].head().items():
+            head[name].copy_(tensor)
+
+
+def pairs_by_module(chain: Sequence[Link]) -> dict[str, list[Pair]]:
+    """module -> the pairs that the chain has merged into it, in order."""
+    merged: dict[str, list[Pair]] = {}
+    for link in chain[1:]:
+        for name, pair in link.adapter().pairs.items():
+            merged.setdefault(name, []).append(pair)
+    return merged
+
+
+def _add(module: nn.Module, name: str, pair: Pair, link: Link) -> float:
+    error = add_pair(module, pair)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if not bool(torch.isfinite(weight).all()):
+        raise UserError(f"{link.folder}: {name} is not finite after merging link {link.number}; train it again")
+    return error
+
+
+def _seal(folder: Path, record: dict[str, Any]) -> None:
+    """link.json last: it names every other file by hash."""
+    files = {file.name: tree_hash(file) for file in sorted(folder.iterdir())}
+    write_json(folder / "link.json", {**record, "files": files})
+
+
+def _read_link(folder: Path) -> Link:
+    record = read_json(folder / "link.json")
+    for name, expected in record["files"].items():
+        path = folder / name
+        if not path.exists() or tree_hash(path) != expected:
+            raise UserError(f"{path}: {'changed' if path.exists() else 'missing'} since the link was written; `dvc checkout`")
+    return Link(folder, record, tree_hash(folder / "link.json"))

@@ -1,0 +1,41 @@
+"""Give every module its rank from the profile and the budget."""
+
+from __future__ import annotations
+
+from tasks.places import ARTIFACTS, link_dir
+from tasks.stage import Context, Done, run
+
+RETRIES = 0
+
+
+def main(context: Context) -> Done:
+    """Write ranks.json: importance, advantage, rank, clamp hits, budget asked and spent."""
+    from cola_core.axes.allocators import allocate
+    from cola_core.config.recipe import AllocateConfig
+    from cola_core.files import read_json, write_json
+
+    assert context.key, "allocate runs for one link"
+    source = link_dir(context.raw["chain"][context.key]["profile_from"], "profile")
+    modules = read_json(source / "profile.json")["modules"]
+    shapes = {name: (m["shape"][0], m["shape"][1]) for name, m in modules.items()}
+    importance = {name: m["importance"] for name, m in modules.items() if "importance" in m}
+    result = allocate(shapes, importance, context.section(AllocateConfig, "allocate"))
+    path = ARTIFACTS / "links" / context.key / "ranks.json"
+    write_json(path, result.to_json())
+    ranks = result.ranks.values()
+    print(
+        f"allocate: ranks {min(ranks)} to {max(ranks)} over {len(ranks)} modules, {result.spent:,} of "
+        f"{result.budget:,} parameters, {len(result.clamped)} clamped",
+        flush=True,
+    )
+    metrics = {
+        "budget": float(result.budget),
+        "spent": float(result.spent),
+        "clamped": float(len(result.clamped)),
+        "rank_mean": sum(ranks) / len(ranks),
+    }
+    return Done(metrics, inputs=[source], outputs=[path], artifacts=[path])
+
+
+if __name__ == "__main__":
+    run(main)

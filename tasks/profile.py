@@ -1,0 +1,77 @@
+"""Probe the gradient of the chain so far: importance, sketch and Frank-Wolfe gap of every module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.places import ARTIFACTS, link_dir
+from tasks.stage import Context, Done, run
+
+RETRIES = 0
+BASE, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare"
+
+
+def main(context: Context) -> Done:
+    """Write profile.json and sketch.safetensors; without a probe only the modules' names and shapes, and no torch."""
+    from cola_core.config.recipe import ProfileConfig
+    from cola_core.files import new_dir, read_json, write_json
+    from cola_core.targets import select_targets
+
+    assert context.key, "profile runs for one link"
+    config = context.section(ProfileConfig, "profile")
+    shapes = read_json(BASE / "cola.json")["modules"]
+    names = select_targets(shapes, context.value("targets"))
+    found: dict[str, Any] = {"probe": config.probe, "modules": {name: {"shape": shapes[name]} for name in names}}
+    sketches: dict[str, Any] = {}
+    if config.probe != "none":
+        sketches = _probe(context, config, found)
+    with new_dir(link_dir(context.key, "profile")) as folder:
+        write_json(folder / "profile.json", found)
+        if sketches:
+            from safetensors.torch import save_file
+
+            save_file(sketches, folder / "sketch.safetensors", metadata={"format": "pt"})
+    return Done(_metrics(found), inputs=[_parent(context)], outputs=[link_dir(context.key, "profile")])
+
+
+def _probe(context: Context, config: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """Run the probe on the chain so far; fills `found` and returns the sketches."""
+    from cola_core.batches import Task, read_rows
+    from cola_core.chain import pairs_by_module, read_chain, tie
+    from cola_core.config.recipe import MachineConfig
+    from cola_core.models import load_base, place
+    from cola_core.probe import probe
+    from cola_core.scoring import Objective
+
+    machine = context.section(MachineConfig, "machine")
+    chain, task = read_chain(_parent(context)), Task.read(PREPARED / "task.json")
+    model = load_base(BASE, machine, len(task.labels))
+    dict(tie(model, chain))
+    objective = Objective(place(model, machine), chain[0].record["base"]["kind"], task)
+    modules = {name: model.get_submodule(name) for name in found["modules"]}
+    rows = read_rows(PREPARED / "probe.arrow")
+    print(f"profile: {len(rows)} examples, {len(modules)} modules, {config.probe}", flush=True)
+    result = probe(objective, rows, modules, pairs_by_module(chain), config, (context.value("seed"), len(chain)))
+    found |= {"loss": result.loss, "examples": result.examples, "tokens": result.tokens}
+    for name, numbers in result.modules.items():
+        found["modules"][name] |= numbers
+    return result.sketches
+
+
+def _metrics(found: dict[str, Any]) -> dict[str, float]:
+    if found["probe"] == "none":
+        return {}
+    modules = found["modules"].values()
+    totals = {
+        "frank_wolfe_gap": sum(m["gap"] for m in modules),
+        "gap_valid_share": sum(m["gap_valid"] for m in modules) / len(modules),
+    }
+    return {**{name: float(found[name]) for name in ("loss", "examples", "tokens")}, **totals}
+
+
+def _parent(context: Context) -> Any:
+    return link_dir(context.raw["chain"][context.key]["prev"])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,66 @@
+"""Progress of long work: a live bar on a terminal, lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["Tick", "progress"]
+
+LINE_SECONDS = 5.0  # a log gets a line at most this often, besides the first and the last step
+
+# tick(done, total, tokens of this step, text such as "loss 0.123")
+Tick = Callable[[int, int, int, str], None]
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Tick]:
+    """Yield a function to call after every step; it shows how far the work is, its speed and the time left."""
+    show = _bar if sys.stdout.isatty() else _lines
+    with show(name) as tick:
+        yield tick
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Tick]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task, meter = bar.add_task(name, total=None, text=""), _Meter()
+
+        def tick(done: int, total: int, tokens: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, text=f"{text}  {meter(tokens):,.0f} tokens/s")
+
+        yield tick
+
+
+@contextmanager
+def _lines(name: str) -> Iterator[Tick]:
+    meter, started, said = _Meter(), time.monotonic(), [0.0]
+    first: list[int] = []
+
+    def tick(done: int, total: int, tokens: int, text: str) -> None:
+        now, speed = time.monotonic(), meter(tokens)
+        if not first:
+            first.append(done)
+        if now - said[0] < LINE_SECONDS and done < total and done > first[0]:
+            return
+        said[0] = now
+        left = (now - started) / max(1, done - first[0] + 1) * (total - done)
+        print(f"{name}: {done}/{total}  {text}  {speed:,.0f} tokens/s  {left:.0f} s left", flush=True)
+
+    yield tick
+
+
+class _Meter:
+    """Tokens per second since the start."""
+
+    def __init__(self) -> None:
+        self.started, self.tokens = time.monotonic(), 0
+
+    def __call__(self, tokens: int) -> float:
+        self.tokens += tokens
+        return self.tokens / max(1e-9, time.monotonic() - self.started)
