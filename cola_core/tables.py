@@ -1,7 +1,7 @@
 """Rows of the files people have: Orange .tab, .tsv, .csv, .jsonl, .json and .parquet, strictly read.
 
-Text is UTF-8 (a byte order mark is dropped). .tsv and .tab have no quoting: a field ends at a tab and a row at a newline,
-so the bare quotation marks of GLUE's files are text. .csv is quoted as RFC 4180 says. Blank lines are skipped.
+Text is UTF-8 (a byte order mark is dropped). .tsv and .tab have no quoting: a field ends at a tab and a row at a
+newline, so the bare quotation marks of GLUE's files are text. .csv is quoted as RFC 4180 says. Blank lines are skipped.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cola_core.config.base import Strict
 
@@ -42,14 +43,15 @@ class FetchConfig(Strict):
 
 
 class PrepareConfig(Strict):
-    """Section `prepare`; `prompt`, `label` and `text` of answers are sandboxed Jinja over the columns of a row.
+    """Section `prepare`; `prompt` and `label` are sandboxed Jinja over the columns of a row, `answers` literal texts.
 
     kind: choice scores every text of `answers`; generate decodes an answer; classify puts a head on an encoder.
     loss: answer = the right answer's tokens; candidates = cross-entropy over the candidates' summed log-probabilities.
     score: how a candidate's token log-probabilities become its score at evaluation.
     label: renders to a key of `answers` (choice, classify) or to the reference answer itself (generate).
     extract: regular expression whose first group is compared (generate), null for the whole text.
-    train, validation, probe, test: rows; train null = all that are left; probe rows are a sample of the training rows.
+    train, validation, probe: rows; train null = all that are left; probe rows are a sample of the training rows.
+    test: rows sampled from the test file, null = all of it; without a test file, rows set apart from the training file.
     """
 
     kind: TaskKind
@@ -74,6 +76,16 @@ class PrepareConfig(Strict):
         if self.kind != "choice" and self.loss == "candidates":
             raise ValueError("loss: 'candidates' needs kind 'choice', whose answers it compares")
         return self
+
+    @field_validator("extract")
+    @classmethod
+    def _has_group(cls, value: str | None) -> str | None:
+        try:
+            if value is not None and not re.compile(value).groups:
+                raise ValueError("needs one (group), which is what is compared")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
 
 
 class HeadConfig(Strict):
