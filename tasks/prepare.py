@@ -43,7 +43,8 @@ def main(context: Context) -> Done:
         manifest = write_prepared(folder, encoded, config, codec, files, splits.duplicate_counts())
     counts = {f"{name}.{key}": part[key] for name, part in manifest["splits"].items() for key in ("rows", "truncated")}
     metrics = {name: float(n) for name, n in {**counts, "duplicates.dropped": splits.duplicates.dropped}.items()}
-    return Done(metrics, inputs=[MODEL, DATA], outputs=[OUT], artifacts=[OUT / "manifest.json"])
+    outputs = [OUT, *sorted(OUT.glob("*.arrow")), OUT / "task.json"]  # later stages read single files
+    return Done(metrics, inputs=[MODEL, DATA], outputs=outputs, artifacts=[OUT / "manifest.json"])
 
 
 if __name__ == "__main__":

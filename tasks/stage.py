@@ -110,8 +110,12 @@ def open_context(stage: str, key: str | None, params: Path = Path("params.yaml")
 
 def chain_hash(paths: Sequence[Path]) -> str | None:
     """The hash that commits to the whole chain so far, from the first path that carries one."""
-    manifests = (path / name for path in paths for name in ("chain.json", "link.json"))
-    return next((read_json(manifest).get("hash") for manifest in manifests if manifest.is_file()), None)
+    for path in paths:
+        if (path / "chain.json").is_file():
+            return str(read_json(path / "chain.json")["hash"])
+        if (path / "link.json").is_file():
+            return tree_hash(path / "link.json")
+    return None
 
 
 def record(context: Context, done: Done, started: float, status: str = "FINISHED") -> Path:
