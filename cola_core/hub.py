@@ -1,0 +1,92 @@
+"""Files from the Hugging Face hub, through huggingface_hub and its own local cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cola_core.errors import RetryError, UserError
+
+__all__ = ["MODEL_FILES", "dataset_file", "snapshot"]
+
+# All that a model is made of: settings, safetensors and tokenizer. No pickle and no code is ever downloaded.
+MODEL_FILES = (
+    "config.json", "generation_config.json",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+def snapshot(repo: str, revision: str) -> Path:
+    """The folder of a model repository at `revision`, with MODEL_FILES only; its name is the commit.
+
+    Raises:
+        UserError: no such repository or revision, or no permission to read it.
+        RetryError: the hub cannot be reached and the local cache does not have it.
+    """
+    from huggingface_hub import snapshot_download
+
+    return _cached_or_online(snapshot_download, repo, revision, allow_patterns=list(MODEL_FILES))
+
+
+def dataset_file(repo: str, revision: str, name: str) -> Path:
+    """One file of a dataset repository at `revision`.
+
+    Raises:
+        UserError: no such repository, revision or file, or no permission to read it.
+        RetryError: the hub cannot be reached and the local cache does not have it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return _cached_or_online(hf_hub_download, repo, revision, filename=name, repo_type="dataset")
+
+
+def _cached_or_online(download: Callable[..., Any], repo: str, revision: str, **options: Any) -> Path:
+    from huggingface_hub import errors
+
+    where = f"hub:{repo}@{revision}"
+    try:
+        return Path(download(repo, revision=revision, local_files_only=True, **options))
+    except (errors.LocalEntryNotFoundError, FileNotFoundError):
+        pass
+    try:
+        print(f"downloading {where}", flush=True)
+        with _online():
+            return Path(download(repo, revision=revision, **options))
+    except errors.EntryNotFoundError as error:
+        raise _missing(where, options.get("filename"), error) from None
+    except errors.GatedRepoError:
+        raise UserError(f"{where}: accept its terms on the hub and log in with `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{where}: the hub has this repository, but no such revision") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{where}: the hub has no such repository, or it is private (`hf auth login`)") from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{where}: {error}") from None
+    except OSError as error:
+        raise RetryError(f"{where}: the hub cannot be reached ({type(error).__name__}); try again") from None
+
+
+def _missing(where: str, name: str | None, error: Exception) -> UserError | RetryError:
+    """huggingface_hub raises one family for "not cached and no network" and for "no such file"."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return RetryError(f"{where}: the hub cannot be reached and the local cache does not have it; try again")
+    return UserError(f"{where}: the repository has no file {name!r}")
+
+
+@contextmanager
+def _online() -> Iterator[None]:
+    """Stages run with HF_HUB_OFFLINE=1, which huggingface_hub copies at import; lift it for one download."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
