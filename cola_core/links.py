@@ -1,10 +1,14 @@
-"""One whole link: attach, train, detach, and prove that the knot can be tied."""
+"""One link of the chain, as in COLA's Algorithm 1: tune a LoRA on the frozen weights, tie the knot, extend.
+
+The learned pair is written to a file and the next link starts from the base with all files merged, so the knot is tied
+by whoever opens the chain next; `run_link` proves beforehand that tying it changes no score.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,94 +16,158 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cola_core.adapter_files import Adapter
-from cola_core.adapters import Pair
+from cola_core.adapters import Pair, add_pair, attach, detach
 from cola_core.axes.bases import BASES
 from cola_core.axes.initialisers import INITIALISERS, Start
 from cola_core.axes.parametrisations import PARAMETRISATIONS
-from cola_core.batches import Row
+from cola_core.batches import Row, Task
+from cola_core.chain import Link, tie
 from cola_core.checkpoints import Progress
-from cola_core.config.recipe import LinkConfig
+from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
-from cola_core.models import adaptable, weight_shape
+from cola_core.models import adaptable, head_parameters, load_base, place, weight_shape
 from cola_core.scoring import Objective
+from cola_core.train import Course, Report, train_link
 
-__all__ = ["check_knot", "initial_pairs", "losses_csv", "make_adapter", "sample_logits"]
+__all__ = ["LinkJob", "open_chain", "run_link", "sample_scores"]
+
+KNOT_ROWS = 8  # validation rows whose scores must not move when the knot is tied
 
 
-def initial_pairs(
-    model: PreTrainedModel,
-    ranks: Mapping[str, int],
-    sketches: Mapping[str, Tensor],
-    config: LinkConfig,
-    stream: tuple[int, int],
-    dtype: torch.dtype,
-) -> dict[str, Pair]:
-    """A and B of every module, by the recipe's initialiser and parametrisation.
+@dataclass(frozen=True)
+class LinkJob:
+    """Everything that decides one link.
 
-    Args:
-        ranks: module -> r; a rank of 0 leaves the module alone.
-        sketches: module -> S of this link's own probe, empty without one.
-        stream: (seed, link).
+    chain: the root and all earlier links; ranks: module -> r; sketches: module -> S of this link's own probe, or empty;
+    checkpoint: where the resume state is kept, None for nowhere.
     """
-    parametrisation, initialise = PARAMETRISATIONS[config.parametrisation], INITIALISERS[config.initialiser]
-    modules = adaptable(model)
+
+    base: Path
+    chain: Sequence[Link]
+    task: Task
+    machine: MachineConfig
+    schedule: ScheduleConfig
+    config: LinkConfig
+    seed: int
+    ranks: Mapping[str, int]
+    sketches: Mapping[str, Tensor]
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    checkpoint: Path | None = None
+
+
+def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter, dict[str, Any], Progress]:
+    """Train one link and check its knot.
+
+    Returns:
+        the adapter, the content of link.json, and the losses.
+
+    Raises:
+        UserError: training stopped being finite, or tying the knot would change the model.
+    """
+    objective = open_chain(job.base, job.chain, job.task, job.machine, job.config.base_dropout)  # W^(i-1), frozen
+    model, number = objective.model, len(job.chain)
+    if job.config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    pairs = initial_pairs(model, job, number)  # a fresh pair on the residual
+    layers = attach(model, pairs, job.config.dropout, bias=job.config.bias == "lora")
+    offset = sum(link.record["link_section"]["steps"] for link in job.chain[1:])
+    course = Course(job.config, job.schedule, job.seed, number, offset, job.checkpoint)
+    progress = train_link(objective, layers, job.train, job.validation, course, report)
+    rows = job.validation[:KNOT_ROWS]
+    scores = sample_scores(objective, rows)
+    adapter = _adapter(model, job)
+    del objective, model, layers
+    return adapter, _record(job, adapter, progress, _check_knot(job, adapter, scores, rows)), progress
+
+
+def open_chain(
+    base: Path, chain: Sequence[Link], task: Task, machine: MachineConfig, dropout: float = 0.0
+) -> Objective:
+    """Base + every link of `chain`, merged in the master dtype, cast once and placed (laws 3 and 5)."""
+    model = load_base(base, machine, len(task.labels), dropout)
+    for _ in tie(model, chain):
+        pass
+    return Objective(place(model, machine), chain[0].record["base"]["kind"], task)
+
+
+def initial_pairs(model: PreTrainedModel, job: LinkJob, number: int) -> dict[str, Pair]:
+    """A and B of every module, by the recipe's initialiser and parametrisation; rank 0 leaves a module alone."""
+    parametrisation = PARAMETRISATIONS[job.config.parametrisation]
+    initialise = INITIALISERS[job.config.initialiser]
+    modules, dtype = adaptable(model), BASES[job.machine.dtype].adapter
     pairs = {}
-    for name, rank in ranks.items():
+    for name, rank in job.ranks.items():
         if rank == 0:
             continue
-        scale = parametrisation.scale(config.alpha, rank)
+        scale = parametrisation.scale(job.config.alpha, rank)
         shape = weight_shape(modules[name])
-        a, b = initialise(Start(shape, rank, scale, config.gamma, sketches.get(name), *stream, name))
+        start = Start(shape, rank, scale, job.config.gamma, job.sketches.get(name), job.seed, number, name)
+        a, b = initialise(start)
         pairs[name] = Pair(a.to(dtype), b.to(dtype), scale)
     return pairs
 
 
-def sample_logits(objective: Objective, rows: Sequence[Row]) -> Tensor:
-    """Candidate scores of a few rows, float64: what a knot must not change."""
+def sample_scores(objective: Objective, rows: Sequence[Row]) -> Tensor:
+    """Candidate scores of a few rows in float64: what a knot must not change."""
     objective.eval()
     with torch.no_grad():
         return objective.scores(objective.scoring_batch(rows)).double().cpu()
 
 
-def check_knot(before: Tensor, after: Tensor, dtype: str, link: int) -> float:
-    """Law 2: tying the knot changes no logit.
-
-    Args:
-        before, after: scores with the adapter attached, and of the model rebuilt from files with it merged.
-        dtype: name of the base store, which states the tolerance.
-
-    Returns:
-        the largest change.
+def _check_knot(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[Row]) -> dict[str, float]:
+    """Law 2: rebuild the chain from files, merge the new pair, and compare the scores with the trained model's.
 
     Raises:
-        UserError: the change is above tolerance * max(1, |score|max), or not finite.
+        UserError: a score moved by more than the base store's tolerance * max(1, |score|max), or is not finite.
     """
-    error = float((after - before).abs().max())
-    allowed = BASES[dtype].tolerance * max(1.0, float(before.abs().max()))
-    if not error <= allowed:
-        raise UserError(f"link {link}: merging it moves a score by {error:.3g}, more than {allowed:.3g}; not tied")
-    return error
+    model = load_base(job.base, job.machine, len(job.task.labels))
+    for _ in tie(model, job.chain):
+        pass
+    errors = [add_pair(model.get_submodule(name), pair) for name, pair in adapter.pairs.items()]
+    with torch.no_grad():
+        for name, parameter in head_parameters(model).items():
+            parameter.copy_(adapter.head[name])
+    merged = Objective(place(model, job.machine), adapter.kind, job.task)
+    moved = float((sample_scores(merged, rows) - before).abs().max())
+    allowed = BASES[job.machine.dtype].tolerance * max(1.0, float(before.abs().max()))
+    if not moved <= allowed:
+        raise UserError(f"link {len(job.chain)}: merging it moves a score by {moved:.3g}, more than {allowed:.3g}; not tied")
+    return {"knot_score_change": moved, "merge_error_max": max(errors), "merge_error_mean": sum(errors) / len(errors)}
 
 
-def losses_csv(progress: Progress) -> str:
-    """One line per step: step, loss, learning_rate, tokens, validation (empty where none was taken)."""
-    text = io.StringIO()
-    fields = ["step", "loss", "learning_rate", "tokens", "validation"]
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(progress.losses)
-    return text.getvalue()
-
-
-def make_adapter(pairs: Mapping[str, Pair], config: LinkConfig, base: Mapping[str, Any], head: dict[str, Tensor]) -> Adapter:
-    """The adapter file of one link: PEFT's own scale, alpha / r or alpha / sqrt(r)."""
+def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:
+    """What was learned, as a file of its own: PEFT's alpha / r or alpha / sqrt(r) gives back each module's scale."""
+    base = job.chain[0].record["base"]
+    pairs = {name: Pair(p.a.cpu(), p.b.cpu(), p.scale, p.bias) for name, p in detach(model).items()}
     return Adapter(
-        pairs=dict(pairs),
+        pairs=pairs,
         base=base["asset"],
         kind=base["kind"],
-        alpha=dict.fromkeys(pairs, config.alpha),
-        rslora=PARAMETRISATIONS[config.parametrisation].rslora,
+        alpha=dict.fromkeys(pairs, job.config.alpha),
+        rslora=PARAMETRISATIONS[job.config.parametrisation].rslora,
         transposed=base["family"] == "gpt2",
-        head=head,
+        head={name: p.detach().cpu().clone() for name, p in head_parameters(model).items()},
     )
 
+
+def _record(job: LinkJob, adapter: Adapter, progress: Progress, knot: dict[str, float]) -> dict[str, Any]:
+    """The content of link.json, file hashes apart; no time, host or path stands in it."""
+    best = job.config.keep == "best"
+    return {
+        "link": len(job.chain),
+        "parent": {"link": job.chain[-1].number, "hash": job.chain[-1].hash},
+        "base": job.chain[0].record["base"],
+        "seed": job.seed,
+        "link_section": job.config.model_dump(),
+        "schedule_section": job.schedule.model_dump(),
+        "machine_section": job.machine.model_dump(),
+        "optimizer_state_at_start": "empty",
+        "steps": progress.step,
+        "kept_step": progress.best_step if best else progress.step,
+        "validation_loss": progress.best_loss if best else progress.losses[-1]["validation"],
+        "tokens": progress.tokens,
+        "ranks": {name: pair.rank for name, pair in adapter.pairs.items()},
+        "trainable_parameters": sum(p.a.numel() + p.b.numel() for p in adapter.pairs.values()),
+        "knot": knot,
+    }

@@ -1,0 +1,135 @@
+"""Let a model answer prepared rows: scores of candidates, or decoded text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola_core.batches import Row, Task
+from cola_core.files import new_file
+from cola_core.scoring import Objective, batches_of
+from cola_core.seeds import derive
+
+__all__ = ["Answers", "answer", "sample", "write_predictions"]
+
+# tick(rows done, rows in all, tokens of this batch)
+Tick = Callable[[int, int, int], None]
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's answers in row order.
+
+    predicted, gold: label names, or normalised texts (generate); correct: whether they agree;
+    loss: negative log-probability of the right answer (per row), float64.
+    """
+
+    predicted: list[str]
+    gold: list[str]
+    correct: list[bool]
+    loss: list[float]
+
+
+def sample(rows: Sequence[Row], count: int | str, seed: int) -> list[Row]:
+    """A seeded, class-stratified sample: every label keeps its share, to within one row; rows keep their order.
+
+    Args:
+        count: rows wanted, or "all".
+    """
+    if count == "all" or int(count) >= len(rows):
+        return list(rows)
+    generator = torch.Generator().manual_seed(derive(seed, "evaluate"))
+    groups: dict[int, list[int]] = {}
+    for index in torch.randperm(len(rows), generator=generator).tolist():
+        groups.setdefault(rows[index].label, []).append(index)
+    # Interleaving the groups by the fraction of themselves already taken makes every prefix stratified.
+    ranked = sorted((((place + 0.5) / len(group), label, index) for label, group in groups.items() for place, index in enumerate(group)))
+    return [rows[index] for index in sorted(index for _, _, index in ranked[: int(count)])]
+
+
+def answer(
+    objective: Objective, rows: Sequence[Row], size: int, decode: Decode, tick: Tick = lambda *_: None
+) -> Answers:
+    """Answer every row, `size` at a time, short rows first so that little is padded.
+
+    Args:
+        decode: token ids -> text, for generated answers.
+    """
+    objective.eval()
+    read = partial(_generate, decode=decode) if objective.task.kind == "generate" else _choose
+    found: list[tuple[str, float]] = [("", 0.0)] * len(rows)
+    done = 0
+    with torch.no_grad():
+        for indices in batches_of(rows, size):
+            batch = [rows[i] for i in indices]
+            for index, result in zip(indices, read(objective, batch), strict=True):
+                found[index] = result
+            done += len(batch)
+            tick(done, len(rows), sum(len(row.prompt) for row in batch))
+    gold = [normalise(row.reference, objective.task) for row in rows]
+    predicted = [text for text, _ in found]
+    return Answers(predicted, gold, [p == g for p, g in zip(predicted, gold, strict=True)], [loss for _, loss in found])
+
+
+def normalise(text: str, task: Task) -> str:
+    """What two texts are compared by: labels as they are; generated text after `extract`, case, commas and spaces."""
+    if task.kind != "generate":
+        return text
+    if task.extract:
+        found = re.findall(task.extract, text)
+        text = found[-1] if found else ""
+    return " ".join(text.replace(",", "").lower().split()).rstrip(".")
+
+
+def write_predictions(path: Path, rows: Sequence[Row], answers: dict[str, Answers]) -> None:
+    """One Arrow table: id, gold, and per model `<name>_predicted`, `<name>_correct`, `<name>_loss`."""
+    import pyarrow as pa
+
+    first = next(iter(answers.values()))
+    columns: dict[str, Any] = {"id": [row.id for row in rows], "gold": first.gold}
+    for name, given in answers.items():
+        columns |= {f"{name}_predicted": given.predicted, f"{name}_correct": given.correct, f"{name}_loss": given.loss}
+    table = pa.table(columns)
+    with new_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+        out.write_table(table)
+
+
+def _choose(objective: Objective, rows: Sequence[Row]) -> list[tuple[str, float]]:
+    """The best candidate; its loss is taken over the candidates alone."""
+    scores: Tensor = objective.scores(objective.scoring_batch(rows)).double().cpu()
+    losses = -scores.log_softmax(dim=-1)
+    labels = objective.task.labels
+    return [(labels[int(s.argmax())], float(nll[row.label])) for s, nll, row in zip(scores, losses, rows, strict=True)]
+
+
+def _generate(objective: Objective, rows: Sequence[Row], decode: Decode) -> list[tuple[str, float]]:
+    """Greedy decoding; prompts are padded on the left by position, for causal models, so that all end together."""
+    task, model = objective.task, objective.model
+    losses = -objective.scores(objective.scoring_batch(rows)).double().cpu()[:, 0]
+    longest = max(len(row.prompt) for row in rows)
+    gaps = [longest - len(row.prompt) for row in rows]
+    ids = [[task.pad] * gap + row.prompt for gap, row in zip(gaps, rows, strict=True)]
+    mask = [[0] * gap + [1] * len(row.prompt) for gap, row in zip(gaps, rows, strict=True)]
+    output = model.generate(  # type: ignore[operator]
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=task.max_new_tokens,
+        do_sample=False,
+        eos_token_id=task.end,
+        pad_token_id=task.pad,
+    )
+    new = output[:, 1:] if objective.kind == "seq2seq" else output[:, longest:]
+    texts = [decode(_until_end(tokens.tolist(), task)) for tokens in new]
+    return [(normalise(text, task), float(loss)) for text, loss in zip(texts, losses, strict=True)]
+
+
+def _until_end(tokens: list[int], task: Task) -> list[int]:
+    return tokens[: tokens.index(task.end)] if task.end in tokens else tokens

@@ -1,0 +1,88 @@
+"""Accuracy and macro-F1 with bootstrap intervals, of a model and of the majority class."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+
+from cola_core.config.report import EvaluateConfig
+from cola_core.seeds import derive
+
+__all__ = ["confusion", "majority", "summary"]
+
+Ints = NDArray[np.int64]
+
+
+def summary(
+    predicted: Sequence[str],
+    gold: Sequence[str],
+    loss: Sequence[float],
+    config: EvaluateConfig,
+    seed: int,
+    classes: bool = True,
+) -> dict[str, float]:
+    """n, mean loss, accuracy and macro-F1, each score with `_low` and `_high` of a percentile bootstrap over rows.
+
+    Macro-F1 is taken over the classes that occur in `gold`. Generated text has no classes: pass `classes=False`.
+    """
+    names = sorted(set(gold))
+    index = {name: i for i, name in enumerate(names)}
+    true = np.array([index[g] for g in gold])
+    said = np.array([index.get(p, -1) for p in predicted])
+    result = {"n": len(gold), "loss": float(np.mean(loss))}
+    for name, statistic in STATISTICS if classes else STATISTICS[:1]:
+        result |= _interval(name, statistic, true, said, config, seed)
+    return result
+
+
+def majority(train: Sequence[str], gold: Sequence[str], config: EvaluateConfig, seed: int) -> dict[str, float]:
+    """The score of always answering with the commonest training label."""
+    commonest = min(Counter(train).items(), key=lambda item: (-item[1], item[0]))[0]
+    result = summary([commonest] * len(gold), gold, [0.0], config, seed)
+    return {name: value for name, value in result.items() if name != "loss"}
+
+
+def confusion(predicted: Sequence[str], gold: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
+    """Counts: one line per true label, one column per predicted label."""
+    counts = Counter(zip(gold, predicted, strict=True))
+    return [[counts[g, p] for p in labels] for g in labels]
+
+
+def _interval(name: str, statistic: Any, true: Ints, said: Ints, config: EvaluateConfig, seed: int) -> dict[str, float]:
+    value = float(statistic(true, said))
+    if len(true) < 2:
+        return {name: value, f"{name}_low": value, f"{name}_high": value}
+    found = bootstrap(
+        (true, said),
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=config.resamples,
+        batch=200,
+        confidence_level=config.confidence,
+        method="percentile",
+        rng=np.random.default_rng(derive(seed, "bootstrap", name)),
+    ).confidence_interval
+    return {name: value, f"{name}_low": float(found.low), f"{name}_high": float(found.high)}
+
+
+def _accuracy(true: Ints, said: Ints, axis: int = -1) -> Any:
+    return np.mean(true == said, axis=axis)
+
+
+def _macro_f1(true: Ints, said: Ints, axis: int = -1) -> Any:
+    """Mean over classes of 2 TP / (2 TP + FP + FN); a class absent from a resample counts as 0 there, as scikit-learn's."""
+    scores = []
+    for label in range(int(true.max()) + 1):
+        hit = np.sum((true == label) & (said == label), axis=axis)
+        seen = np.sum(true == label, axis=axis) + np.sum(said == label, axis=axis)
+        scores.append(2 * hit / np.maximum(seen, 1))
+    return np.mean(scores, axis=0)
+
+
+STATISTICS = (("accuracy", _accuracy), ("macro_f1", _macro_f1))

@@ -1,0 +1,53 @@
+"""What both evaluation stages share: the test sample, a model of the chain, and its answers with progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tasks.places import ARTIFACTS
+from tasks.progress import progress
+from tasks.stage import Context
+
+if TYPE_CHECKING:
+    from cola_core.batches import Row, Task
+    from cola_core.chain import Link
+    from cola_core.evaluate import Answers
+
+__all__ = ["BASE", "PREPARED", "answers_of", "test_sample"]
+
+BASE, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare"
+
+
+def test_sample(context: Context) -> tuple[Task, list[Row]]:
+    """The task and the rows that every model of this run is scored on."""
+    from cola_core.batches import Task, read_rows
+    from cola_core.config.report import EvaluateConfig
+    from cola_core.evaluate import sample
+
+    config = context.section(EvaluateConfig, "evaluate")
+    rows = sample(read_rows(PREPARED / "test.arrow"), config.rows, context.value("seed"))
+    return Task.read(PREPARED / "task.json"), rows
+
+
+def answers_of(context: Context, name: str, chain: Sequence[Link], task: Task, rows: Sequence[Row]) -> Answers:
+    """Rebuild base + chain and let it answer `rows`."""
+    from transformers import AutoTokenizer
+
+    from cola_core.config.recipe import MachineConfig
+    from cola_core.config.report import EvaluateConfig
+    from cola_core.evaluate import answer
+    from cola_core.links import open_chain
+
+    size = context.section(EvaluateConfig, "evaluate").batch
+    objective = open_chain(BASE, chain, task, context.section(MachineConfig, "machine"))
+    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
+
+    with progress(f"{context.stage} {name}") as tick:
+        return answer(
+            objective,
+            rows,
+            size,
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            lambda done, total, tokens: tick(done, total, tokens, ""),
+        )

@@ -1,0 +1,124 @@
+"""Train one LoRA on the chain so far, and prove that its knot can be tied."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.places import ARTIFACTS, link_dir
+from tasks.progress import progress
+from tasks.resume import resume_folder
+from tasks.stage import Context, Done, run
+
+if TYPE_CHECKING:
+    from cola_core.links import LinkJob
+
+RETRIES = 2  # only exit code 75 is tried again
+BASE, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare"
+CURVES = ("loss", "learning_rate", "validation")
+
+
+def main(context: Context) -> Done:
+    """Write the link's adapter folder: PEFT's two files, losses.csv and link.json."""
+    assert context.key, "link runs for one link"
+    out, inputs = link_dir(context.key), _inputs(context)
+    job = _job(context, inputs)
+    with resume_folder(context, list(inputs.values())) as folder, _reporter(context) as report:
+        from cola_core.chain import write_link
+        from cola_core.links import run_link
+
+        adapter, record, result = run_link(job(folder / "state.safetensors"), report)
+        write_link(out, adapter, record, {"losses.csv": _csv(result.losses)})
+    names = ("steps", "kept_step", "validation_loss", "tokens", "trainable_parameters")
+    metrics = {**{name: float(record[name]) for name in names}, **record["knot"]}
+    series = {name: [[e["step"], e[name]] for e in result.losses if e[name] is not None] for name in CURVES}
+    return Done(metrics, list(inputs.values()), [out], [out / "losses.csv", out / "link.json"], series)
+
+
+def _inputs(context: Context) -> dict[str, Path]:
+    item = context.raw["chain"][context.key]
+    return {
+        "base": BASE,
+        "parent": link_dir(item["prev"]),
+        "profile": link_dir(item["profile_from"], "profile"),
+        "ranks": ARTIFACTS / "links" / str(context.key) / "ranks.json",
+        "task": PREPARED / "task.json",
+        "train": PREPARED / "train.arrow",
+        "validation": PREPARED / "validation.arrow",
+    }
+
+
+def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]:
+    """Read everything that decides the link; what is left open is where its resume state is kept."""
+    from functools import partial
+
+    from cola_core.batches import Task, read_rows
+    from cola_core.chain import read_chain
+    from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
+    from cola_core.files import read_json
+    from cola_core.links import LinkJob
+
+    config = context.section(LinkConfig, "link")
+    return partial(
+        LinkJob,
+        inputs["base"],
+        read_chain(inputs["parent"]),
+        Task.read(inputs["task"]),
+        context.section(MachineConfig, "machine"),
+        context.section(ScheduleConfig, "schedule"),
+        config,
+        context.value("seed"),
+        read_json(inputs["ranks"])["ranks"],
+        _sketches(inputs["profile"]) if config.initialiser == "gora" else {},
+        read_rows(inputs["train"]),
+        read_rows(inputs["validation"]),
+    )
+
+
+def _sketches(profile: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from cola_core.errors import UserError
+
+    path = profile / "sketch.safetensors"
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
+
+
+@contextmanager
+def _reporter(context: Context) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show every step, and send it to MLflow from a thread.
+
+    The live logger is imported by name: it can only watch, so it is no dependency of the stage in dvc.yaml.
+    """
+    live = importlib.import_module("tasks.live").Live(context)
+    with live, progress(context.stage) as tick:
+
+        def report(event: dict[str, Any]) -> None:
+            validation = event["validation"]
+            text = f"loss {event['loss']:.4f}" + (f"  validation {validation:.4f}" if validation is not None else "")
+            tick(event["step"], event["steps"], event["tokens"], text)
+            live.step(event["step"], {name: event[name] for name in CURVES if event[name] is not None})
+
+        yield report
+
+
+def _csv(losses: list[dict[str, Any]]) -> str:
+    """One line per step; validation is empty where none was taken."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["step", "loss", "learning_rate", "tokens", "validation"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(losses)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    run(main)

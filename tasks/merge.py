@@ -1,0 +1,71 @@
+"""Tie every knot and write what the chain can be handed on as."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.places import ARTIFACTS, link_dir
+from tasks.stage import Context, Done, run
+
+if TYPE_CHECKING:
+    from cola_core.chain import Link
+    from cola_core.config.recipe import MachineConfig
+
+RETRIES = 0
+BASE = ARTIFACTS / "fetch/model"
+
+
+def main(context: Context) -> Done:
+    """Write chain.json and, where asked, the merged checkpoint, the flat and the portable adapter."""
+    from cola_core.chain import read_chain
+    from cola_core.config.recipe import MachineConfig
+    from cola_core.config.report import MergeConfig
+    from cola_core.export import chain_manifest, flat_adapter, portable_adapter, write_flat
+    from cola_core.files import new_dir, write_json
+
+    config, machine = context.section(MergeConfig, "merge"), context.section(MachineConfig, "machine")
+    last = link_dir(context.value("final"))
+    chain = read_chain(last)
+    with new_dir(ARTIFACTS / "merge") as folder:
+        errors = _merge(chain, machine, folder / "checkpoint" if config.checkpoint else None)
+        if config.flat_adapter or config.portable_adapter:
+            flat = flat_adapter(chain)
+            if config.flat_adapter:
+                write_flat(folder / "flat_adapter", flat)
+            if config.portable_adapter:
+                write_flat(folder / "portable_adapter", portable_adapter(flat))
+        manifest = chain_manifest(chain, errors)
+        write_json(folder / "chain.json", manifest)
+    print(f"merge: {len(chain) - 1} links, chain {manifest['hash'][:12]}", flush=True)
+    worst = max(max(modules.values()) for modules in errors.values())
+    return Done({"merge_error_max": worst}, [BASE, last], [ARTIFACTS / "merge"], [ARTIFACTS / "merge/chain.json"])
+
+
+def _merge(chain: list[Link], machine: MachineConfig, checkpoint: Path | None) -> dict[int, dict[str, float]]:
+    """Merge in the master dtype, cast once, and save what `from_pretrained` loads; returns the errors per link."""
+    from cola_core.chain import tie
+    from cola_core.models import load_base, place
+
+    model = load_base(BASE, machine, chain[0].record["labels"])
+    errors = dict(tie(model, chain))
+    if checkpoint:
+        checkpoint.mkdir()
+        model = place(model, machine).cpu()
+        model.config._name_or_path = ""
+        model.save_pretrained(checkpoint)
+        _copy_tokenizer(checkpoint)
+    return errors
+
+
+def _copy_tokenizer(checkpoint: Path) -> None:
+    """Everything of the base that is neither weights nor what save_pretrained has just written."""
+    for file in sorted(BASE.iterdir()):
+        taken = file.suffix == ".safetensors" or file.name == "cola.json" or (checkpoint / file.name).exists()
+        if file.is_file() and not taken:
+            shutil.copyfile(file, checkpoint / file.name)
+
+
+if __name__ == "__main__":
+    run(main)
