@@ -16,7 +16,7 @@ from cola_core.errors import UserError, suggest
 from cola_core.files import new_dir, read_json, tree_hash, write_json
 from cola_core.hub import MODEL_FILES
 
-__all__ = ["base_folder", "find_base"]
+__all__ = ["base_folder", "find_base", "keep_base"]
 
 # The class of transformers that a kind is loaded with, by the name of its table of architectures.
 TABLES = {
@@ -57,6 +57,24 @@ def find_base(digest: str) -> Path | None:
     return None
 
 
+def keep_base(source: Path) -> Path:
+    """Put a base directory that came from elsewhere (such as DVC's cache) where `find_base` looks; free if it is there.
+
+    Raises:
+        UserError: a file of `source` is missing or changed.
+    """
+    digest = tree_hash(source / "cola.json")
+    if known := find_base(digest):
+        return known
+    if not _whole(source):
+        raise UserError(f"{source}: a file is missing or changed since it was fetched; restore it with `dvc checkout`")
+    target = cache_root() / "models" / digest[:32]
+    with locked(target), new_dir(target) as folder:
+        for file in sorted(source.iterdir()):
+            shutil.copyfile(file, folder / file.name)
+    return target
+
+
 def _folder(asset: str, kind: str, content: str) -> Path:
     """One folder per reference, content and converter: what transformers writes may change with its version."""
     key = json.dumps([asset, kind, content, version("transformers"), version("torch"), version("gguf")])
@@ -84,7 +102,15 @@ def _make(source: Path, folder: Path, asset: str, kind: str) -> None:
             file.chmod(0o644)  # safetensors writes 0600
         files = {file.name: tree_hash(file) for file in sorted(temporary.iterdir())}
         content = {"asset": asset, "kind": kind, "family": config["model_type"], "note": note, "files": files}
+        content["modules"] = _modules(temporary, kind)
         write_json(temporary / "cola.json", content)
+
+
+def _modules(folder: Path, kind: str) -> dict[str, list[int]]:
+    """(out, in) of everything that can be adapted, so that stages without a probe need no torch."""
+    from cola_core.models import module_shapes
+
+    return module_shapes(folder, kind)
 
 
 def _fill(source: Path, folder: Path) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cola_core.adapter_files import Adapter
 from cola_core.adapters import Pair, add_pair, attach, detach
@@ -146,7 +147,7 @@ def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:
         kind=base["kind"],
         alpha=dict.fromkeys(pairs, job.config.alpha),
         rslora=PARAMETRISATIONS[job.config.parametrisation].rslora,
-        transposed=base["family"] == "gpt2",
+        transposed=any(isinstance(model.get_submodule(name), Conv1D) for name in pairs),
         head={name: p.detach().cpu().clone() for name, p in head_parameters(model).items()},
     )
 

@@ -132,7 +132,7 @@ def _one_batch(
     with _on_gradient(modules, lambda name, gradient: reduce(name, gradient / units)):
         loss = objective(batch)
         loss.backward()
-    return float(loss), units, len(rows), batch.tokens
+    return float(loss.detach()), units, len(rows), batch.tokens
 
 
 def _accumulate(
@@ -151,7 +151,7 @@ def _accumulate(
         with _on_gradient(modules, add):
             loss = objective(batch)
             loss.backward()
-        total, units, tokens = total + float(loss), units + objective.units(batch), tokens + batch.tokens
+        total, units, tokens = total + float(loss.detach()), units + objective.units(batch), tokens + batch.tokens
         seen += len(batch.labels)
         if config.adaptive:
             now = _importances(modules, sums, units, config)

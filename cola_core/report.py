@@ -61,9 +61,9 @@ def models_of(metrics: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, fl
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
     """Accuracy and macro-F1 of every model with their intervals and n, for a terminal."""
-    lines = [f"{'':<14}{'accuracy':<24}{'macro-F1':<24}n"]
+    lines = [f"{'':<16}{'accuracy':<24}{'macro-F1':<24}n"]
     for name, scores in models_of(metrics):
-        lines.append(f"{name:<14}{_cell(scores, 'accuracy'):<24}{_cell(scores, 'macro_f1'):<24}{scores['n']}")
+        lines.append(f"{name:<16}{_cell(scores, 'accuracy'):<24}{_cell(scores, 'macro_f1'):<24}{scores['n']}")
     return "\n".join(lines)
 
 
