@@ -74,8 +74,8 @@ class Codec:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder}: no tokenizer: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError, KeyError):  # transformers' own text is a page about every format it tried
+            raise UserError(f"{folder}: no tokenizer that transformers can read (tokenizer.json)") from None
         kind = read_json(folder / "cola.json")["kind"]
         return cls.of(tokenizer, kind, _decoder_start(folder) if kind == "seq2seq" else None)
 

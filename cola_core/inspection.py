@@ -1,4 +1,4 @@
-"""What `cola inspect` shows of a data file or a prepared folder: samples with the supervised part marked, and counts."""
+"""What `cola inspect` shows of a file or a prepared folder: counts, and samples with the supervised part marked."""
 
 from __future__ import annotations
 
