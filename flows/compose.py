@@ -1,4 +1,4 @@
-"""params.yaml of a run: the file as it stands plus dotted overrides, or conf/ composed by Hydra as `dvc exp run` does."""
+"""params.yaml of a run: the file as it stands plus dotted overrides, or conf/ composed as `dvc exp run` does."""
 
 from __future__ import annotations
 

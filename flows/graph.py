@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cola_core.config.base import read_yaml
 from cola_core.config.params import check_chain
-from cola_core.errors import RetryError, UserError
+from cola_core.errors import UserError
+from flows.project import project
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
-__all__ = ["Fate", "Stage", "plain_outs", "plan", "stages"]
+__all__ = ["Fate", "Stage", "changed", "plan", "stages"]
 
 Fate = Literal["run", "restore", "keep"]
 
@@ -51,8 +50,8 @@ def stages(root: Path) -> list[Stage]:
     raw = read_yaml(root / "params.yaml")
     if "chain" in raw:
         check_chain(raw)
-    with _opened(root) as repo:
-        found = [Stage(stage.addressing, _after(repo, stage)) for stage in _ordered(repo)]
+    with project(root) as repo:
+        found = [Stage(stage.name, _after(repo, stage)) for stage in _ordered(repo)]
     _check_links(found, list(raw.get("chain", {})))
     return found
 
@@ -68,18 +67,21 @@ def plan(root: Path) -> dict[str, Fate]:
         RetryError: another process works on the same files.
     """
     fates: dict[str, Fate] = {}
-    with _opened(root) as repo, repo.lock:
+    with chdir(root), project(root) as repo, repo.lock:  # DVC looks for a run cache's stage from where it stands
         for stage in _ordered(repo):
             upstream_runs = any(fates[name] == "run" for name in _after(repo, stage))
-            fates[stage.addressing] = "run" if upstream_runs else _fate(repo, stage)
+            fates[stage.name] = "run" if upstream_runs else _fate(repo, stage)
     return fates
 
 
-def plain_outs(root: Path) -> list[Path]:
-    """Outs that DVC does not keep in its cache, so that only a copy can carry them; relative to `root`."""
-    with _opened(root) as repo:
-        outs = [out for stage in _ordered(repo) for out in stage.outs if not out.use_cache]
-        return [Path(out.fs_path).relative_to(repo.root_dir) for out in outs]
+def changed(root: Path, name: str) -> bool:
+    """Whether `dvc repro --single-item` would do anything for one stage, its upstream as it is now.
+
+    Raises:
+        UserError, RetryError: as `plan`.
+    """
+    with project(root) as repo, repo.lock:
+        return any(bool(stage.changed()) for stage in _ordered(repo) if stage.name == name)
 
 
 def _fate(repo: Repo, stage: Any) -> Fate:
@@ -97,13 +99,14 @@ def _fate(repo: Repo, stage: Any) -> Fate:
 
 
 def _ordered(repo: Repo) -> list[Any]:
+    """The stages that have a command, each after those it depends on; files under `dvc add` have none."""
     import networkx
 
-    return list(networkx.dfs_postorder_nodes(repo.index.graph))
+    return [stage for stage in networkx.dfs_postorder_nodes(repo.index.graph) if stage.cmd]
 
 
 def _after(repo: Repo, stage: Any) -> tuple[str, ...]:
-    return tuple(before.addressing for before in repo.index.graph.successors(stage))
+    return tuple(before.name for before in repo.index.graph.successors(stage) if before.cmd)
 
 
 def _check_links(found: list[Stage], wanted: list[str]) -> None:
@@ -115,28 +118,3 @@ def _check_links(found: list[Stage], wanted: list[str]) -> None:
     for task, keys in keyed.items():
         if sorted(keys) != sorted(wanted):
             raise UserError(f"dvc.yaml: {task}: resolves to links {', '.join(keys)}; the chain has {', '.join(wanted)}")
-
-
-@contextmanager
-def _opened(root: Path) -> Iterator[Repo]:
-    """The DVC project, with its errors told in one line and its own chatter off."""
-    from dvc.exceptions import DvcException
-    from dvc.lock import LockError
-    from dvc.repo import Repo
-
-    log = logging.getLogger("dvc")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with Repo(str(root)) as repo:
-            yield repo
-    except LockError as error:
-        raise RetryError(f"{root}: another process works here: {_line(error)}") from None
-    except DvcException as error:
-        raise UserError(f"{root.name}/dvc.yaml: {_line(error)}") from None
-    finally:
-        log.setLevel(level)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -1,0 +1,72 @@
+"""What may go: finished and abandoned workspaces, resume state nobody came back for, temporaries of killed processes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.locks import try_lock
+from flows.snapshot import git
+from flows.workspace import runs
+
+__all__ = ["clean"]
+
+WEEK = 7 * 24 * 3600.0
+DAY = 24 * 3600.0
+
+
+def clean(root: Path, everything: bool = False) -> list[Path]:
+    """Remove what no run needs any more; returns what was removed.
+
+    A finished workspace goes at once: its outs are in DVC's cache, and the same run restores them. An interrupted one,
+    and the resume state of its links, stay for a week so that the same run goes on from there.
+
+    Args:
+        everything: interrupted runs too, whatever their age; what works at this moment always stays.
+    """
+    folder = runs(root)
+    limit = time.time() - (0.0 if everything else WEEK)
+    gone = [*_workspaces(root, folder, limit), *_resume(folder.parent / "resume", limit), *_temporaries(root, folder)]
+    git(root, "worktree", "prune")
+    return gone
+
+
+def _workspaces(root: Path, folder: Path, limit: float) -> Iterator[Path]:
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        note = path.with_name(f"{path.name}.lock")
+        age = note.stat().st_mtime if note.exists() else 0.0
+        lock = try_lock(note)
+        if lock is None:
+            continue
+        with lock:
+            lock.seek(0)
+            if lock.read() == "finished" or age <= limit:
+                shutil.rmtree(path)
+                note.unlink()
+                yield path
+
+
+def _resume(folder: Path, limit: float) -> Iterator[Path]:
+    """Resume folders untouched since `limit`; one that a process still locks is left alone."""
+    for path in sorted(folder.glob("*/")):
+        files = [path, *path.rglob("*")]
+        if max(file.stat().st_mtime for file in files) > limit:
+            continue
+        held = [try_lock(file) for file in files if file.name == "lock"]
+        if None not in held:
+            shutil.rmtree(path)
+            yield path
+        for lock in held:
+            if lock:
+                lock.close()
+
+
+def _temporaries(root: Path, folder: Path) -> Iterator[Path]:
+    """`.name.*.tmp` siblings that `cola_core.files` left when its process was killed, older than a day."""
+    for place in (folder.parent / "records", folder.parent / "resume", root / "artifacts"):
+        for path in sorted(place.rglob(".*.tmp")):
+            if path.exists() and path.stat().st_mtime < time.time() - DAY:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                yield path

@@ -1,0 +1,151 @@
+"""The Prefect flow: one run of the pipeline in a workspace of its own, one task per stage that DVC knows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import prefect
+import yaml
+from prefect import Task, get_run_logger, runtime
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.states import Completed, Failed
+from pydantic import Field
+
+from cola_core.errors import RetryError, UserError
+from flows.about import about
+from flows.artifacts import show
+from flows.child import environment, repro
+from flows.compose import choices, compose
+from flows.graph import Stage, changed, stages
+from flows.locks import pool_size, slot
+from flows.snapshot import git, snapshot, unpacked
+from flows.workspace import Workspace, opened, runs
+
+__all__ = ["cola_pipeline"]
+
+PROJECT = Path(__file__).resolve().parents[1]
+RETRY_SECONDS = 30.0
+State = prefect.State[Any]
+
+
+def _names(group: str) -> Any:
+    """Prefect's UI offers the names in conf/<group>/ in a list; `compose` refuses others with its own clear line."""
+    return Field(json_schema_extra={"enum": list(choices(PROJECT, group))})
+
+
+@prefect.flow(name="cola-pipeline")
+def cola_pipeline(
+    method: Annotated[str, _names("method")] | None = None,
+    task: Annotated[str, _names("task")] | None = None,
+    model: Annotated[str, _names("model")] | None = None,
+    chain: Annotated[str, _names("chain")] | None = None,
+    seed: int | None = None,
+    overrides: list[str] | None = None,
+    committed: bool = False,
+) -> State:
+    """Fine-tune a model by a chain of low-rank adapters, then merge, evaluate and register it.
+
+    A field left empty is as params.yaml stands. Every stage of dvc.yaml is a task; one that has nothing to do ends as
+    Cached. The run works in a git worktree of its own; its last message is the command that brings the results to the
+    checkout.
+
+    Args:
+        method: the recipe, from conf/method.
+        task: the data and how they become prompts, from conf/task.
+        model: the base model, from conf/model.
+        chain: how many links, from conf/chain.
+        seed: of every random stream.
+        overrides: more settings as `key.key=value`, such as `link.learning_rate=1e-4`.
+        committed: run the branch's last commit instead of the files as they stand, as schedules do.
+    """
+    picks = {"method": method, "task": task, "model": model, "chain": chain}
+    changes = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
+    root = Path(git(Path.cwd(), "rev-parse", "--show-toplevel").decode().strip())
+    try:
+        tree = snapshot(root, committed)
+        with unpacked(root, tree, "conf", "params.yaml") as folder:
+            text = compose(folder, picks, changes)
+        return _run(root, tree, text)
+    except (UserError, RetryError) as error:
+        return Failed(message=str(error), data=error)
+
+
+def _run(root: Path, tree: str, text: str) -> State:
+    """Wait for a place, open the workspace, do the stages, hand the records on."""
+    params = yaml.safe_load(text)
+    title = f"{params['recipe']}/{params['task']}/seed{params['seed']}"
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(runtime.flow_run.id, name=title)
+    log = get_run_logger()
+    size = pool_size(params["machine"]["threads"])
+    busy = f"all {size} places (cores / threads) are taken; this run starts when one is free"
+    with slot(runs(root).parent / "slots", size, lambda: log.info(busy)), opened(root, tree, text, title) as workspace:
+        log.info("workspace %s", workspace.path)
+        failed = _stages(workspace)
+        _sync(workspace)
+        if failed:
+            return failed
+        workspace.finish()
+        return Completed(message=f"bring the results to the checkout: cola adopt {workspace.run}")
+
+
+def _stages(workspace: Workspace) -> State | None:
+    """Every stage of the graph as a task, one at a time, up to the first that fails; returns the flow's failure."""
+    ended: dict[str, State] = {}
+    for stage in stages(workspace.path):
+        before = [ended[name] for name in stage.after]
+        state = _as_task(workspace, stage)(return_state=True, wait_for=before)
+        if not state.is_completed():
+            return Failed(message=state.message, data=state.result(raise_on_failure=False))
+        ended[stage.name] = state
+    return None
+
+
+def _as_task(workspace: Workspace, stage: Stage) -> Task[[], State]:
+    """The Prefect task of one stage, named, described and retried as tasks/<stage>.py says."""
+    told = about(workspace.path, stage.task)
+
+    def run_stage() -> State:
+        try:
+            due = changed(workspace.path, stage.name)
+            ran = due and repro(workspace, stage.name, get_run_logger().info)
+            show(workspace.path, stage)
+            return Completed() if ran else Completed(name="Cached", message="nothing changed")
+        except RetryError as error:
+            if runtime.task_run.run_count <= told.retries:
+                raise
+            return Failed(message=str(error), data=error)
+        except UserError as error:
+            return Failed(message=str(error), data=error)
+
+    return Task(
+        run_stage,
+        name=stage.name,
+        task_run_name=stage.name,
+        description=told.description,
+        cache_policy=NO_CACHE,
+        retries=told.retries,
+        retry_delay_seconds=RETRY_SECONDS,
+        retry_condition_fn=_may_succeed_later,
+    )
+
+
+def _may_succeed_later(_: Any, __: Any, state: State) -> bool:
+    """Only exit code 75 says so."""
+    return isinstance(state.result(raise_on_failure=False), RetryError)
+
+
+def _sync(workspace: Workspace) -> None:
+    """Post the stages' records to MLflow; a store that is away fails nothing, the records wait for `cola sync`."""
+    log = get_run_logger()
+    command = [sys.executable, "-m", "tasks.sync"]
+    done = subprocess.run(
+        command, cwd=workspace.path, env=environment(), capture_output=True, text=True, errors="replace", check=False
+    )
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    if lines:
+        (log.warning if done.returncode else log.info)(lines[-1])
