@@ -42,7 +42,7 @@ def opened(asset: str, sha256: str | None = None) -> Iterator[Path]:
     """
     scheme, _, rest = asset.partition(":")
     if scheme not in OPENERS or not rest:
-        raise UserError(f"{asset}: an asset begins with a scheme{suggest(scheme, [f'{s}:' for s in OPENERS])}")
+        raise UserError(f"{asset}: an asset begins with a scheme{suggest(scheme, OPENERS)}")
     with OPENERS[scheme](rest, sha256) as path:
         if sha256 is not None and scheme != "pypi" and (found := tree_hash(path)) != sha256:
             raise UserError(f"{asset}: sha256 is {found}, not the pinned {sha256}")

@@ -26,6 +26,10 @@ TABLES = {
 }
 
 
+# Raise it when cola.json or the conversion changes: folders that older code left in the cache are then made anew.
+FORMAT = 2
+
+
 def base_folder(asset: str, sha256: str | None, kind: str) -> Path:
     """The folder of the base model: config.json, safetensors, tokenizer files and cola.json. Never write into it.
 
@@ -77,7 +81,7 @@ def keep_base(source: Path) -> Path:
 
 def _folder(asset: str, kind: str, content: str) -> Path:
     """One folder per reference, content and converter: what transformers writes may change with its version."""
-    key = json.dumps([asset, kind, content, version("transformers"), version("torch"), version("gguf")])
+    key = json.dumps([FORMAT, asset, kind, content, version("transformers"), version("torch"), version("gguf")])
     return cache_root() / "models" / hashlib.sha256(key.encode()).hexdigest()[:32]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,38 +47,35 @@ def dataset_file(repo: str, revision: str, name: str) -> Path:
 
 
 def _cached_or_online(download: Callable[..., Any], repo: str, revision: str, **options: Any) -> Path:
-    from huggingface_hub import errors
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     where = f"hub:{repo}@{revision}"
     try:
-        return Path(download(repo, revision=revision, local_files_only=True, **options))
-    except (errors.LocalEntryNotFoundError, FileNotFoundError):
-        pass
-    try:
+        with suppress(LocalEntryNotFoundError):
+            return Path(download(repo, revision=revision, local_files_only=True, **options))
         print(f"downloading {where}", flush=True)
         with _online():
-            return Path(download(repo, revision=revision, **options))
-    except errors.EntryNotFoundError as error:
-        raise _missing(where, options.get("filename"), error) from None
-    except errors.GatedRepoError:
-        raise UserError(f"{where}: accept its terms on the hub and log in with `hf auth login`") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{where}: the hub has this repository, but no such revision") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{where}: the hub has no such repository, or it is private (`hf auth login`)") from None
-    except errors.HFValidationError as error:
-        raise UserError(f"{where}: {error}") from None
-    except OSError as error:
-        raise RetryError(f"{where}: the hub cannot be reached ({type(error).__name__}); try again") from None
+            return Path(download(repo, revision=revision, endpoint=os.environ.get("HF_ENDPOINT"), **options))
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise _refusal(where, error) from None
 
 
-def _missing(where: str, name: str | None, error: Exception) -> UserError | RetryError:
-    """huggingface_hub raises one family for "not cached and no network" and for "no such file"."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def _refusal(where: str, error: Exception) -> UserError | RetryError:
+    """What the user can mend, told apart from a hub that does not answer; the first that fits counts."""
+    from huggingface_hub import errors
 
-    if isinstance(error, LocalEntryNotFoundError):
-        return RetryError(f"{where}: the hub cannot be reached and the local cache does not have it; try again")
-    return UserError(f"{where}: the repository has no file {name!r}")
+    lines: dict[type[Exception], str] = {
+        errors.GatedRepoError: "accept its terms on the hub and log in with `hf auth login`",
+        errors.RemoteEntryNotFoundError: "the repository has no such file",
+        errors.RevisionNotFoundError: "the hub has this repository, but no such revision",
+        errors.RepositoryNotFoundError: "the hub has no such repository, or it is private (`hf auth login`)",
+        errors.HFValidationError: "not a name that the hub could have",
+    }
+    line = next((line for kind, line in lines.items() if isinstance(error, kind)), None)
+    if line is not None:
+        return UserError(f"{where}: {line}")
+    return RetryError(f"{where}: the hub cannot be reached and the local cache does not have it; try again")
 
 
 @contextmanager

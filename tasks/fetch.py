@@ -29,14 +29,12 @@ def main(context: Context) -> Done:
     """
     fetch = context.section(FetchConfig, "fetch")
     model, data = ARTIFACTS / "fetch" / "model", ARTIFACTS / "fetch" / "data"
-    source = base_folder(fetch.model.asset, fetch.model.sha256, fetch.model.kind)
-    with new_dir(model) as folder:
-        for file in sorted(source.iterdir()):
-            _link(file, folder / file.name)
-    with new_dir(data) as folder:
+    with new_dir(model) as weights, new_dir(data) as tables:
         for name, asset in (("train", fetch.data.train), ("test", fetch.data.test)):
             if asset is not None:
-                _copy(asset, folder, name)
+                _copy(asset, tables, name)
+        for file in sorted(base_folder(fetch.model.asset, fetch.model.sha256, fetch.model.kind).iterdir()):
+            _link(file, weights / file.name)
     sizes = {part.name: sum(file.stat().st_size for file in part.iterdir()) for part in (model, data)}
     return Done(metrics={f"{name}_bytes": float(size) for name, size in sizes.items()}, outputs=[model, data])
 
