@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cola_core.errors import RetryError, UserError
@@ -24,6 +25,7 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
@@ -66,6 +68,12 @@ class Store:
         found = self.client.search_runs([experiment], same, ViewType.ALL, max_results=1)
         tags = {"cola.record": record["id"], "mlflow.source.name": f"tasks/{record['stage'].split('@')[0]}.py"}
         return found[0] if found else self.client.create_run(experiment, started, tags, run_name=record["stage"])
+
+    def run_that_made(self, experiment: str, path: Path, identity: str) -> str | None:
+        """The id of the newest run that has `path` with this hash among its outputs, or None."""
+        same = f"tags.`cola.out.{path.as_posix()}` = '{identity}'"
+        found = self.client.search_runs([self.experiment(experiment)], same, max_results=1)
+        return found[0].info.run_id if found else None
 
     def log(self, run_id: str, kind: str, items: Sequence[Any]) -> None:
         """Write params, tags or metrics (`kind`) in as few calls as MLflow allows."""

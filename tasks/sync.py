@@ -15,9 +15,10 @@ import yaml
 
 from cola_core.errors import RetryError, UserError
 from tasks.places import home
+from tasks.publish import restore
 from tasks.store import Store, locked, mask, open_store
 
-__all__ = ["run_that_made", "sync"]
+__all__ = ["sync"]
 
 Record = dict[str, Any]
 FOLDERS = {".png": "figures", ".svg": "figures"}
@@ -44,17 +45,8 @@ def sync() -> int:
         runs = _runs(store, {record["experiment"] for record in records})
         posted = _post_all(store, records, runs)
         _close_orphans(store, {record["id"] for record in records})
-        from tasks.publish import restore
-
         restore(store)
     return posted
-
-
-def run_that_made(store: Store, experiment: str, path: Path, identity: str) -> str | None:
-    """The id of the newest run one of whose outputs is `path` with this hash, or None."""
-    same = f"tags.`cola.out.{path.as_posix()}` = '{identity}'"
-    found = store.client.search_runs([store.experiment(experiment)], same, max_results=1)
-    return found[0].info.run_id if found else None
 
 
 def _records() -> list[Record]:

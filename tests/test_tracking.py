@@ -80,7 +80,7 @@ def history(run_id: str, name: str) -> list[tuple[int, float]]:
 def test_a_record_becomes_one_whole_run(checkout: Path) -> None:
     (checkout / "loss.png").write_bytes(b"png")
     first = left("prepare", outputs=("artifacts/prepare/task.json",))
-    done = {"metrics": {"loss": 0.5, "accuracy": 0.75}, "series": {"loss": [[1, 2.0], [2, 0.6]]}}
+    done: dict[str, Any] = {"metrics": {"loss": 0.5, "accuracy": 0.75}, "series": {"loss": [[1, 2.0], [2, 0.6]]}}
     second = left("link@1", inputs=("artifacts/prepare/task.json",), artifacts=[Path("loss.png")], **done)
     assert sync() == 2
     found = runs()
@@ -149,7 +149,7 @@ def test_two_calls_at_once_post_each_record_once(checkout: Path) -> None:
         left(f"link@{number}")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "tasks.sync"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     calls = [subprocess.Popen(command, env=environment, text=True, **pipes) for _ in "12"]
     told = sorted(call.communicate(timeout=60) for call in calls)
     assert told == [("sync: 0 record(s) posted\n", ""), ("sync: 4 record(s) posted\n", "")]

@@ -1,0 +1,145 @@
+"""One version in MLflow's registry per chain hash, made so that every step may be repeated."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import cola_core
+from cola_core.errors import UserError
+from cola_core.files import write_json
+from cola_core.templates import template
+from tasks.places import ARTIFACTS
+from tasks.release import FOLDER, Release, pack, read_release, registration
+from tasks.stage import identity
+from tasks.store import Store, mask
+
+__all__ = ["ALIAS", "publish", "restore"]
+
+ALIAS = "challenger"
+REQUIREMENTS = (
+    "gguf", "jinja2", "mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch", "transformers",
+)  # fmt: skip
+DESCRIPTION = 5000  # characters that every database behind MLflow takes
+
+
+def publish(store: Store, release: Release, card: str) -> str:
+    """Make the chain's version if there is none, complete it if a call was cut off, and point `challenger` to it.
+
+    Returns:
+        the version.
+
+    Raises:
+        UserError: the artifacts hold another chain than the release.
+    """
+    version = _find(store, release) or _new_version(store, release, card)
+    store.client.set_registered_model_alias(release.name, ALIAS, version)
+    return version
+
+
+def restore(store: Store) -> None:
+    """Register again what registration.json of this checkout tells of, if the store has lost it."""
+    found = read_release()
+    if found is None or _find(store, found[0]):
+        return
+    release, content = found
+    try:
+        version = publish(store, release, (FOLDER / "README.md").read_text(encoding="utf-8"))
+    except (FileNotFoundError, UserError) as error:
+        print(f"sync: {release.name} is not registered again: {error}", file=sys.stderr, flush=True)
+        return
+    again = registration(release, version, ALIAS, mask(store.uri))
+    if again != content:
+        write_json(FOLDER / "registration.json", again)
+
+
+def _find(store: Store, release: Release) -> str | None:
+    """The version that has this chain's hash and all its files."""
+    same = f"name = '{release.name}' and tags.`cola.chain` = '{release.chain}'"
+    for version in store.client.search_model_versions(same):
+        if _has_files(store, str(version.source).rpartition("/")[2]):
+            return str(version.version)
+    return None
+
+
+def _has_files(store: Store, model_id: str) -> bool:
+    """MLmodel is written last, so a model that has it has everything."""
+    return any(file.path == "MLmodel" for file in store.client.list_logged_model_artifacts(model_id))
+
+
+def _new_version(store: Store, release: Release, card: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    model_id = _logged_model(store, release)
+    try:
+        store.client.create_registered_model(release.name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    description = card.partition("---\n")[2].partition("---\n")[2].strip()[:DESCRIPTION]
+    made = store.client.create_model_version(
+        release.name, f"models:/{model_id}", tags=_tags(release), description=description, model_id=model_id
+    )
+    link = json.dumps([{"name": release.name, "version": made.version}])
+    store.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})  # the UI's way from model to version
+    return str(made.version)
+
+
+def _logged_model(store: Store, release: Release) -> str:
+    """The chain's model with its files; one that an earlier call left unfinished is finished."""
+    experiment = store.experiment(release.name)
+    same = f"tags.`cola.chain` = '{release.chain}'"
+    found = store.client.search_logged_models([experiment], same, max_results=1)
+    run_id = store.run_that_made(release.name, ARTIFACTS / "evaluate", identity(ARTIFACTS / "evaluate"))
+    model = found[0] if found else store.client.create_logged_model(experiment, release.name, run_id, _tags(release))
+    if not _has_files(store, model.model_id):
+        _upload(store, release, model.model_id)
+        if run_id:
+            for name, value in release.scores.items():
+                store.client.log_metric(run_id, name, value, model_id=model.model_id)
+    store.client.finalize_logged_model(model.model_id, "READY")
+    return str(model.model_id)
+
+
+def _upload(store: Store, release: Release, model_id: str) -> None:
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    with tempfile.TemporaryDirectory() as folder:
+        chain, model = Path(folder) / "chain", Path(folder) / "model"
+        pack(release, chain)
+        pyfunc.save_model(
+            model,
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"chain": str(chain)},
+            code_paths=[str(Path(cola_core.__file__).parent)],
+            pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in REQUIREMENTS],
+            mlflow_model=Model(model_uuid=model_id, model_id=model_id),
+            **_schema(release),
+        )
+        manifest = (model / "MLmodel").rename(Path(folder) / "MLmodel")
+        store.client.log_model_artifacts(model_id, str(model))
+        store.client.log_model_artifact(model_id, str(manifest))
+
+
+def _schema(release: Release) -> dict[str, Any]:
+    """Signature and example: the columns that the prompt's template reads, or `prompt` in their place."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, DataType, Schema
+    from pandas import DataFrame
+
+    columns = sorted(template("prepare.prompt", release.serve["prepare"]["prompt"]).names)
+    inputs: list[Any] = [ColSpec(DataType.string, name, required=False) for name in [*columns, "prompt"]]
+    outputs: list[Any] = [ColSpec(DataType.string, "prediction")]
+    signature = ModelSignature(Schema(inputs), Schema(outputs))
+    return {"signature": signature, "input_example": DataFrame([{name: f"the text of {name}" for name in columns}])}
+
+
+def _tags(release: Release) -> dict[str, str]:
+    values = {"recipe": release.recipe, "task": release.task, "seed": release.seed, "chain": release.chain}
+    scores = {name: f"{value:.6g}" for name, value in release.scores.items()}
+    return {f"cola.{name}": str(value) for name, value in {**values, **scores}.items()}

