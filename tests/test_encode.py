@@ -93,8 +93,8 @@ def test_generate_laws(text: str, answer: str, family: str) -> None:
 
 def test_the_beginning_of_the_longest_column_stays() -> None:
     task = config()
-    [done] = encode([example(task, text="0123456789" * 9, who="me")], task, codec("llama"))
-    assert read("llama", done.prompt) == "<s>Say: 01234567890123456789\nAbout me\nTopic:"
+    [done] = encode([example(task, text="the lead, " + "x" * 80 + "the end", who="me")], task, codec("llama"))
+    assert read("llama", done.prompt) == "<s>Say: the lead, xxxxxxxxxx\nAbout me\nTopic:"
     assert len(done.prompt) + len(" never") == 48
     assert done.truncated
 

@@ -188,10 +188,11 @@ def test_inspect_shows_what_is_supervised(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(folder.samples) == 1
 
 
+CB = "{{ ['entailment', 'contradiction', 'neutral'].index(label) }}"
 OFFICIAL = {  # file, and what maps its columns to those of the task's own files
     "sst2": ("sst2/test.tsv", {}, {"0": 428, "1": 444}),
     "rte": ("rte/dev.tsv", {"label": "{{ 0 if label == 'entailment' else 1 }}"}, {"0": 146, "1": 131}),
-    "cb": ("cb/val.jsonl", {"label": "{{ ['entailment', 'contradiction', 'neutral'].index(label) }}"}, {"0": 23, "1": 28, "2": 5}),
+    "cb": ("cb/val.jsonl", {"label": CB}, {"0": 23, "1": 28, "2": 5}),
     "boolq": ("boolq/val.jsonl", {"label": "{{ label }}"}, {"False": 1237, "True": 2033}),
     "wsc": ("wsc/train.jsonl", {}, None),
 }  # fmt: skip
