@@ -48,7 +48,7 @@ def _copy(asset: AssetConfig, folder: Path, name: str) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The cache's own file under a second name where the file system can: half a gigabyte less to copy and to keep."""
+    """The cache's own file under a second name where the file system can; DVC makes a copy of its own afterwards."""
     try:
         os.link(source, target)
     except OSError:
