@@ -40,6 +40,12 @@ class LoRA(nn.Module):
         self.A, self.B = nn.Parameter(pair.a), nn.Parameter(pair.b)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen W: some families (T5) look at the dtype of their linear maps' weights."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x: ... x in -> ... x out."""
         low = functional.linear(self.dropout(x), self.A.to(x.dtype))

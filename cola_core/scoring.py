@@ -43,7 +43,7 @@ class Objective(nn.Module):
         candidates' summed log-probabilities (the heads' logits).
         """
         if self.kind == "encoder":
-            return functional.cross_entropy(self._logits(batch).float(), batch.labels, reduction="sum")
+            return functional.cross_entropy(self._logits(batch), batch.labels, reduction="sum")
         tokens = self._token_log_probabilities(batch)
         if self.task.loss == "answer":
             return -tokens.sum()
@@ -58,7 +58,7 @@ class Objective(nn.Module):
     def scores(self, batch: Batch) -> Tensor:
         """n x C log-probabilities (sums or means per candidate) of a batch made by `scoring_batch`."""
         if self.kind == "encoder":
-            return functional.log_softmax(self._logits(batch).float(), dim=-1)
+            return functional.log_softmax(self._logits(batch), dim=-1)
         sums = self._sum(self._token_log_probabilities(batch), batch)
         return (sums / batch.lengths if self.task.score == "mean" else sums).view(len(batch.labels), -1)
 
@@ -67,18 +67,18 @@ class Objective(nn.Module):
         return COLLATE[self.kind](rows, continuations, self.task).to(self.model.device)
 
     def _token_log_probabilities(self, batch: Batch) -> Tensor:
-        """log p of every supervised token, computed in float32 or wider."""
+        """log p of every supervised token."""
         logits = self._logits(batch)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits[batch.at, batch.targets] - logits.logsumexp(-1)[batch.at]
 
     def _sum(self, tokens: Tensor, batch: Batch) -> Tensor:
         return tokens.new_zeros(len(batch.lengths)).index_add(0, batch.owner, tokens)
 
     def _logits(self, batch: Batch) -> Tensor:
-        """T' x vocabulary at the batch's positions (language models), n x labels (encoders)."""
+        """T' x vocabulary at the batch's positions (language models), n x labels (encoders); float32 or wider."""
         with _only_positions(self.model, batch):
-            return FORWARD[self.kind](self.model, batch.inputs)
+            logits = FORWARD[self.kind](self.model, batch.inputs)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def batches_of(rows: Sequence[Row], size: int) -> Iterator[list[int]]:

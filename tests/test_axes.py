@@ -1,0 +1,111 @@
+"""Allocators, learning-rate schedules and updates against closed forms."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import Parameter
+
+from cola_core.axes.allocators import ALLOCATORS, allocate
+from cola_core.axes.bases import BASES
+from cola_core.axes.initialisers import INITIALISERS
+from cola_core.axes.parametrisations import PARAMETRISATIONS
+from cola_core.axes.schedules import SCHEDULES, learning_rate_factor
+from cola_core.axes.updates import UPDATES, build_optimizer
+from cola_core.batches import order
+from cola_core.config import recipe
+from cola_core.config.recipe import AllocateConfig, ScheduleConfig
+from tests.lab import LINK
+
+UNIFORM = AllocateConfig(allocator="uniform", rank=8, r_min=4, r_max=32, features="sqrt")
+GORA = UNIFORM.model_copy(update={"allocator": "gora"})
+SHAPES = st.dictionaries(st.sampled_from("abcdefgh"), st.tuples(st.integers(40, 3000), st.integers(40, 3000)), min_size=1)
+
+
+def test_every_axis_offers_exactly_the_values_that_the_configuration_names() -> None:
+    assert set(ALLOCATORS) == set(get_args(recipe.Allocator))
+    assert set(INITIALISERS) == set(get_args(recipe.Initialiser))
+    assert set(PARAMETRISATIONS) == set(get_args(recipe.Parametrisation))
+    assert set(UPDATES) == set(get_args(recipe.Update))
+    assert set(SCHEDULES) == set(get_args(recipe.Schedule))
+    assert set(BASES) == set(get_args(recipe.BaseStore))
+
+
+@given(SHAPES)
+def test_equal_importance_gives_gora_ranks_in_proportion_to_the_papers_formula(shapes: dict[str, tuple[int, int]]) -> None:
+    result = allocate(shapes, dict.fromkeys(shapes, 0.5), GORA)
+    budget = sum(8 * math.sqrt(a + b) for a, b in shapes.values())
+    for name, (a, b) in shapes.items():
+        wanted = round(budget / len(shapes) / math.sqrt(a + b))
+        assert result.ranks[name] == min(max(wanted, 4), 32)
+        assert (name in result.clamped) == (result.ranks[name] != wanted)
+    assert result.spent == sum(result.ranks[n] * sum(s) for n, s in shapes.items())
+    assert result.budget == sum(8 * sum(s) for s in shapes.values())
+    assert sum(result.advantage.values()) == pytest.approx(1)
+
+
+@given(SHAPES, st.integers(0, 10**6))
+def test_gora_spends_no_more_than_asked_where_nothing_is_clamped(shapes: dict[str, tuple[int, int]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    importance = {name: float(torch.rand(1, generator=generator)) for name in shapes}
+    free = GORA.model_copy(update={"r_min": 1, "r_max": 10**6})
+    result = allocate(shapes, importance, free)
+    budget = sum(8 * math.sqrt(sum(s)) for s in shapes.values())
+    spent = sum(r * math.sqrt(sum(shapes[n])) for n, r in result.ranks.items() if n not in result.clamped)
+    assert spent <= budget + sum(0.5 * math.sqrt(sum(s)) for s in shapes.values())
+
+
+def test_linear_features_are_the_released_codes_floor() -> None:
+    shapes = {"a": (100, 100), "b": (300, 100)}
+    result = allocate(shapes, {"a": 0.7, "b": 0.3}, GORA.model_copy(update={"features": "linear"}))
+    assert result.ranks == {"a": round(4800 * 0.7) // 200, "b": 4}
+    assert result.clamped == {"b": "r_min"}
+
+
+@given(SHAPES)
+def test_uniform_ranks_stay_within_the_matrix(shapes: dict[str, tuple[int, int]]) -> None:
+    small = {**shapes, "thin": (3, 500)}
+    result = allocate(small, {}, UNIFORM)
+    assert result.ranks == {**dict.fromkeys(shapes, 8), "thin": 3}
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
+def test_restart_and_global_learning_rates(decay: str) -> None:
+    link = LINK.model_copy(update={"steps": 10, "warmup": 0.2, "decay": decay, "floor": 0.1})
+    restart = ScheduleConfig(kind="cola", learning_rate="restart", horizon=20)
+    whole = restart.model_copy(update={"learning_rate": "global"})
+    one, two = ([learning_rate_factor(s, offset, restart, link) for s in range(10)] for offset in (0, 10))
+    assert one == two, "every link warms up and decays again"
+    assert one[:2] == [0.5, 1.0]
+    factors = [learning_rate_factor(s, offset, whole, link) for offset in (0, 10) for s in range(10)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4:] == sorted(factors[4:], reverse=True), "a knot changes nothing"
+    done = (19 - 4) / 16
+    end = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[decay]
+    assert factors[-1] == pytest.approx(0.1 + 0.9 * end)
+
+
+def test_lora_plus_moves_b_ratio_times_as_far() -> None:
+    """Adam's first step is lr * sign(g), so the movement is the learning rate."""
+    a, b, head = (Parameter(torch.zeros(3)) for _ in range(3))
+    config = LINK.model_copy(update={"update": "lora_plus", "weight_decay": 0.0})
+    optimizer = build_optimizer([("a", "A", a), ("b", "B", b), ("h", "head", head)], config)
+    for parameter in (a, b, head):
+        parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert float(b[0] / a[0]) == pytest.approx(16.0, rel=1e-5)
+    assert float(head[0]) == pytest.approx(-config.head_learning_rate, rel=1e-5)
+
+
+@given(st.lists(st.integers(1, 300), min_size=3, max_size=60), st.integers(1, 8), st.integers(1, 30), st.integers(0, 99))
+def test_order_reads_every_row_once_per_epoch(lengths: list[int], batch: int, steps: int, seed: int) -> None:
+    plan = order(lengths, batch, steps, seed)
+    assert [len(rows) for rows in plan] == [batch] * steps
+    counts = torch.bincount(torch.tensor([i for rows in plan for i in rows]), minlength=len(lengths))
+    assert int(counts.max() - counts.min()) <= 1
+    assert plan == order(lengths, batch, steps, seed)

@@ -1,0 +1,83 @@
+"""Scores and losses of the shared-prefix batches against one plain forward per row and candidate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from cola_core.batches import Row
+from cola_core.links import open_chain
+from cola_core.train import mean_loss
+from tests.lab import CANDIDATES, FAMILIES, FP64, KINDS, base_of, root_of, rows_of, task_of
+
+
+def plain_scores(model: Any, family: str, rows: list[Row]) -> torch.Tensor:
+    """n x C summed log-probabilities, one forward per candidate, every logit."""
+    found = torch.zeros(len(rows), 3, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        prompt = torch.tensor([row.prompt])
+        if KINDS[family] == "encoder":
+            found[i] = model(input_ids=prompt).logits[0].log_softmax(-1)
+            continue
+        for j, tokens in enumerate(CANDIDATES):
+            if KINDS[family] == "seq2seq":
+                logits = model(input_ids=prompt, decoder_input_ids=torch.tensor([[0, *tokens[:-1]]])).logits[0]
+            else:
+                logits = model(input_ids=torch.tensor([row.prompt + tokens])).logits[0, len(row.prompt) - 1 :]
+            found[i, j] = sum(logits.log_softmax(-1)[k, token] for k, token in enumerate(tokens))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_and_both_losses(family: str, tmp_path: Path) -> None:
+    objective = open_chain(base_of(family), root_of(family, tmp_path), task_of(family), FP64)
+    rows = rows_of(family, 9)
+    tolerance = 1e-5 if family == "t5" else 1e-9  # transformers takes T5's norms in float32 whatever the dtype
+    with torch.no_grad():
+        expected = plain_scores(objective.model, family, rows)
+        found = objective.scores(objective.scoring_batch(rows))
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+        labels = torch.tensor([row.label for row in rows])
+        right = expected[range(len(rows)), labels]
+        assert float(objective(objective.training_batch(rows))) == pytest.approx(-float(right.sum()), abs=tolerance * 10)
+        objective.task = task_of(family, "candidates")
+        loss = functional.cross_entropy(expected, labels, reduction="sum")
+        assert float(objective(objective.training_batch(rows))) == pytest.approx(float(loss), abs=tolerance * 10)
+        assert mean_loss(objective, rows, 4) == pytest.approx(float(loss) / 9, abs=tolerance * 10)
+
+
+@pytest.mark.parametrize("loss", ["answer", "candidates"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_micro_batches_add_up(family: str, loss: str, tmp_path: Path) -> None:
+    """8 x 1 = 1 x 8: the loss is a sum and is divided once by the units of the whole step."""
+    objective = open_chain(base_of(family), root_of(family, tmp_path), task_of(family, loss), FP64)
+    rows = rows_of(family, 8)
+    with torch.no_grad():
+        whole = float(objective(objective.training_batch(rows)))
+        parts = sum(float(objective(objective.training_batch([row]))) for row in rows)
+    assert whole == pytest.approx(parts, rel=1e-6)
+    units = sum(objective.units(objective.training_batch([row])) for row in rows)
+    assert units == objective.units(objective.training_batch(rows))
+
+
+def test_mean_scores_divide_by_the_candidates_tokens(tmp_path: Path) -> None:
+    objective = open_chain(base_of("llama"), root_of("llama", tmp_path), task_of("llama"), FP64)
+    rows = rows_of("llama", 4)
+    with torch.no_grad():
+        sums = objective.scores(objective.scoring_batch(rows))
+        objective.task = type(objective.task)(**{**vars(objective.task), "score": "mean"})
+        means = objective.scores(objective.scoring_batch(rows))
+    torch.testing.assert_close(means, sums / torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64))
+
+
+def test_only_the_needed_logits_are_computed(tmp_path: Path) -> None:
+    objective = open_chain(base_of("llama"), root_of("llama", tmp_path), task_of("llama"), FP64)
+    seen = []
+    objective.model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
+    batch = objective.training_batch(rows_of("llama", 5))
+    objective(batch)
+    assert seen == [(len(batch.targets), objective.model.config.vocab_size)]
