@@ -116,8 +116,11 @@ def sample_scores(objective: Objective, rows: Sequence[Row]) -> Tensor:
         return objective.scores(objective.scoring_batch(rows)).double().cpu()
 
 
-def _check_knot(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[Row]) -> dict[str, float]:
+def _check_knot(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[Row]) -> dict[str, Any]:
     """Law 2: rebuild the chain from files, merge the new pair, and compare the scores with the trained model's.
+
+    Returns:
+        the change, the merge errors, and the merged model's scores, which `verify_chain` finds again.
 
     Raises:
         UserError: a score moved by more than the base store's tolerance * max(1, |score|max), or is not finite.
@@ -130,11 +133,18 @@ def _check_knot(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[R
         for name, parameter in head_parameters(model).items():
             parameter.copy_(adapter.head[name])
     merged = Objective(place(model, job.machine), adapter.kind, job.task)
-    moved = float((sample_scores(merged, rows) - before).abs().max())
+    after = sample_scores(merged, rows)
+    moved = float((after - before).abs().max())
     allowed = BASES[job.machine.dtype].tolerance * max(1.0, float(before.abs().max()))
     if not moved <= allowed:
         raise UserError(f"link {len(job.chain)}: merging it moves a score by {moved:.3g}, more than {allowed:.3g}; not tied")
-    return {"knot_score_change": moved, "merge_error_max": max(errors), "merge_error_mean": sum(errors) / len(errors)}
+    return {
+        "score_change": moved,
+        "merge_error_max": max(errors),
+        "merge_error_mean": sum(errors) / len(errors),
+        "rows": [row.id for row in rows],
+        "scores": after.tolist(),
+    }
 
 
 def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:
@@ -152,7 +162,7 @@ def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:
     )
 
 
-def _record(job: LinkJob, adapter: Adapter, progress: Progress, knot: dict[str, float]) -> dict[str, Any]:
+def _record(job: LinkJob, adapter: Adapter, progress: Progress, knot: dict[str, Any]) -> dict[str, Any]:
     """The content of link.json, file hashes apart; no time, host or path stands in it."""
     best = job.config.keep == "best"
     return {

@@ -81,7 +81,7 @@ def _page(metrics: Mapping[str, Any], chain: Sequence[Link], figures: Sequence[s
     )
     links = "".join(
         f"<tr><td>{link.number}<td>{link.record['steps']}<td>{link.record['kept_step']}<td>{link.record['tokens']:,}"
-        f"<td>{link.record['trainable_parameters']:,}<td>{link.record['knot']['knot_score_change']:.1e}"
+        f"<td>{link.record['trainable_parameters']:,}<td>{link.record['knot']['score_change']:.1e}"
         for link in chain[1:]
     )
     drawings = "".join(svg[svg.index("<svg") :] for svg in figures)

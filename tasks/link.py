@@ -35,7 +35,8 @@ def main(context: Context) -> Done:
         adapter, record, result = run_link(job(folder / "state.safetensors"), report)
         write_link(out, adapter, record, {"losses.csv": _csv(result.losses)})
     names = ("steps", "kept_step", "validation_loss", "tokens", "trainable_parameters")
-    metrics = {**{name: float(record[name]) for name in names}, **record["knot"]}
+    knot = {f"knot_{name}": record["knot"][name] for name in ("score_change", "merge_error_max")}
+    metrics = {**{name: float(record[name]) for name in names}, **knot}
     series = {name: [[e["step"], e[name]] for e in result.losses if e[name] is not None] for name in CURVES}
     return Done(metrics, list(inputs.values()), [out], [out / "losses.csv", out / "link.json"], series)
 

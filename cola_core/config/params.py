@@ -140,6 +140,10 @@ def _check_composition(params: Params, key: str, knot: Knot) -> None:
         (source.adaptive and source.probe != "accumulate",
          "profile.adaptive with profile.probe 'one_batch': there is only one batch"),
         (machine.dtype == "bf16" and machine.device == "mps", "machine.dtype 'bf16' with machine.device 'mps'"),
+        (params.merge.portable_adapter and params.fetch.model.kind == "encoder",
+         "merge.portable_adapter with an encoder: its head is saved with the adapter, which servers refuse"),
+        (knot.link.bias == "lora" and (params.merge.flat_adapter or params.merge.portable_adapter),
+         "link.bias 'lora' with merge.flat_adapter or portable_adapter: PEFT's readers do not agree on biases"),
         ((params.prepare.kind == "classify") != (params.fetch.model.kind == "encoder"),
          f"prepare.kind {params.prepare.kind!r} with fetch.model.kind {params.fetch.model.kind!r}: "
          "classify needs an encoder, choice and generate a language model"),

@@ -1,0 +1,64 @@
+"""Prove a chain: every file is what it was, and every prefix still gives the scores it gave when its knot was tied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cola_core.axes.bases import BASES
+from cola_core.batches import Task, read_rows
+from cola_core.chain import read_chain
+from cola_core.config.recipe import MachineConfig
+from cola_core.errors import UserError
+from cola_core.files import read_json, tree_hash
+from cola_core.links import open_chain, sample_scores
+
+__all__ = ["Verdict", "verify_chain"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One prefix: its last link, that link's hash, and how far the scores of its sample rows moved."""
+
+    link: int
+    hash: str
+    change: float
+
+
+def verify_chain(last: Path, base: Path, prepared: Path, machine: MachineConfig) -> Iterator[Verdict]:
+    """Check all hashes from the last link down to the base's own files, then rebuild and score every prefix.
+
+    Args:
+        last: folder of the final link, `links/<M>/adapter`.
+        prepared: where task.json and validation.arrow stand, whose rows link.json names.
+
+    Raises:
+        UserError: the first file that changed, or the first prefix whose scores moved beyond the store's tolerance.
+    """
+    chain = read_chain(last)
+    _check_base(base, chain[0].record["base"]["hash"])
+    task = Task.read(prepared / "task.json")
+    rows = {row.id: row for row in read_rows(prepared / "validation.arrow")}
+    for link in chain[1:]:
+        knot = link.record["knot"]
+        if any(name not in rows for name in knot["rows"]):
+            raise UserError(f"{prepared / 'validation.arrow'}: not the rows that link {link.number} was tied with")
+        objective = open_chain(base, chain[: link.number + 1], task, machine)
+        found = sample_scores(objective, [rows[name] for name in knot["rows"]])
+        recorded = torch.tensor(knot["scores"], dtype=torch.float64)
+        change = float((found - recorded).abs().max())
+        if not change <= BASES[machine.dtype].tolerance * max(1.0, float(recorded.abs().max())):
+            raise UserError(f"{link.folder}: rebuilt from its files, links 1..{link.number} move a score by {change:.3g}")
+        yield Verdict(link.number, link.hash, change)
+
+
+def _check_base(base: Path, expected: str) -> None:
+    found = tree_hash(base / "cola.json")
+    if found != expected:
+        raise UserError(f"{base}: is another base ({found[:12]}) than the chain's ({expected[:12]}); run `dvc checkout`")
+    for name, digest in read_json(base / "cola.json")["files"].items():
+        if not (base / name).exists() or tree_hash(base / name) != digest:
+            raise UserError(f"{base / name}: missing or changed since it was fetched; run `dvc checkout`")
