@@ -22,8 +22,9 @@ __all__ = ["ALIAS", "publish", "restore"]
 
 ALIAS = "challenger"
 REQUIREMENTS = (
-    "gguf", "jinja2", "mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch", "transformers",
-)  # fmt: skip
+    *("gguf", "jinja2", "mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors"),
+    *("torch", "transformers"),
+)
 DESCRIPTION = 5000  # characters that every database behind MLflow takes
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from cola_core.errors import RetryError, UserError
 from tasks import live as live_log
+from tasks import sync as sync_module
 from tasks.places import home, main_checkout
 from tasks.stage import Context, Done, record
 from tasks.store import Store, mask, open_store
@@ -144,16 +146,34 @@ def test_a_binned_run_stays_in_the_bin(checkout: Path) -> None:
     assert runs() == {}
 
 
-def test_two_calls_at_once_post_each_record_once(checkout: Path) -> None:
+def test_two_calls_at_once_post_each_record_once(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         left(f"link@{number}")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "tasks.sync"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    calls = [subprocess.Popen(command, env=environment, text=True, **pipes) for _ in "12"]
-    told = sorted(call.communicate(timeout=60) for call in calls)
-    assert told == [("sync: 0 record(s) posted\n", ""), ("sync: 4 record(s) posted\n", "")]
+
+    def slowly(*arguments: Any) -> Any:
+        known = look(*arguments)
+        time.sleep(0.5)  # time for the other call to read the same old state, if nothing keeps it out
+        return known
+
+    look = sync_module._runs
+    monkeypatch.setattr(sync_module, "_runs", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        posted = list(pool.map(lambda _: sync(), range(2)))
+    assert sorted(posted) == [0, 4]
     assert len(runs()) == 4
+
+
+def test_the_command_tells_what_it_did_and_what_to_wait_for(checkout: Path) -> None:
+    left("fetch")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    for uri, code, told in (("http://127.0.0.1:9", 75, "records are kept"), ("", 0, "sync: 1 record(s) posted")):
+        command = [sys.executable, "-m", "tasks.sync"]
+        child = subprocess.run(
+            command, env=environment | {"MLFLOW_TRACKING_URI": uri}, capture_output=True, text=True, check=False
+        )
+        printed = child.stdout + child.stderr
+        assert (child.returncode, printed.count("\n")) == (code, 1)
+        assert told in printed
 
 
 def test_a_crash_is_a_failed_run_and_a_crash_only(checkout: Path) -> None:
