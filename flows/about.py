@@ -38,10 +38,7 @@ def about(root: Path, task: str) -> About:
 
 def _value(node: ast.stmt, name: str) -> ast.expr | None:
     """What the statement assigns to `name`."""
-    if isinstance(node, ast.Assign):
-        targets, value = node.targets, node.value
-    elif isinstance(node, ast.AnnAssign):
-        targets, value = [node.target], node.value
-    else:
+    if not isinstance(node, ast.Assign | ast.AnnAssign):
         return None
-    return value if any(isinstance(target, ast.Name) and target.id == name for target in targets) else None
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return node.value if any(isinstance(target, ast.Name) and target.id == name for target in targets) else None

@@ -1,4 +1,4 @@
-"""One stage as a child process: `python -m dvc repro --single-item STAGE`, its lines handed on, its failure understood."""
+"""One stage as a child: `python -m dvc repro --single-item STAGE`, its lines handed on, its failure understood."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from cola_core.errors import RetryError, UserError
 from flows.workspace import Workspace
 
-__all__ = ["environment", "repro"]
+__all__ = ["environment", "quiet", "repro"]
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -26,6 +26,11 @@ QUIET = {
 SHELL = ": failed to run: "  # DVC's word for a command that failed: the stage's own line says more
 ADVICE = ("To track the changes with git", "\tgit add ", "To enable auto staging", "\tdvc config ", "Use `dvc push`")
 FAREWELL = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, None))
+
+
+def quiet() -> None:
+    """Give this process, and all it starts, the environment of a stage; before Prefect or MLflow are imported."""
+    os.environ.update(environment())
 
 
 def environment(**more: str) -> dict[str, str]:

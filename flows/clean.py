@@ -1,4 +1,4 @@
-"""What may go: finished and abandoned workspaces, resume state nobody came back for, temporaries of killed processes."""
+"""What may go: finished and abandoned workspaces, resume state nobody came back for, leftovers of killed processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def clean(root: Path, everything: bool = False) -> list[Path]:
 
 
 def _workspaces(root: Path, folder: Path, limit: float) -> Iterator[Path]:
-    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for path in sorted(folder.glob("*/")):
         note = path.with_name(f"{path.name}.lock")
         age = note.stat().st_mtime if note.exists() else 0.0
         lock = try_lock(note)

@@ -62,9 +62,7 @@ def edits(root: Path, current: dict[str, Any]) -> list[str]:
     return list(_difference("", yaml.safe_load(_composed(root, origin, [])), current))
 
 
-def _picks(
-    root: Path, picks: Mapping[str, str | None], overrides: Sequence[str]
-) -> tuple[dict[str, str], list[str]]:
+def _picks(root: Path, picks: Mapping[str, str | None], overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Choices of groups, wherever they were named, and the other overrides."""
     chosen = {group: name for group, name in picks.items() if name is not None}
     rest = []

@@ -22,7 +22,7 @@ from flows.child import environment, repro
 from flows.compose import choices, compose
 from flows.graph import Stage, changed, stages
 from flows.locks import pool_size, slot
-from flows.snapshot import git, snapshot, unpacked
+from flows.snapshot import checkout, snapshot, unpacked
 from flows.workspace import Workspace, opened, runs
 
 __all__ = ["cola_pipeline"]
@@ -64,8 +64,8 @@ def cola_pipeline(
     """
     picks = {"method": method, "task": task, "model": model, "chain": chain}
     changes = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
-    root = Path(git(Path.cwd(), "rev-parse", "--show-toplevel").decode().strip())
     try:
+        root = checkout()
         tree = snapshot(root, committed)
         with unpacked(root, tree, "conf", "params.yaml") as folder:
             text = compose(folder, picks, changes)

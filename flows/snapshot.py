@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cola_core.errors import UserError
 
-__all__ = ["commit_tree", "git", "main_checkout", "snapshot", "unpacked"]
+__all__ = ["checkout", "commit_tree", "git", "main_checkout", "snapshot", "unpacked"]
 
 PRIVATE = ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_PREFIX")
 AUTHOR = {
@@ -36,6 +36,15 @@ def git(root: Path, *arguments: str, data: bytes = b"", variables: Mapping[str, 
         lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
         raise UserError(f"git {arguments[0]}: {lines[-1]}")
     return done.stdout
+
+
+def checkout() -> Path:
+    """The checkout that this process stands in.
+
+    Raises:
+        UserError: it stands in none.
+    """
+    return Path(git(Path.cwd(), "rev-parse", "--show-toplevel").decode().strip())
 
 
 def main_checkout(root: Path) -> Path:

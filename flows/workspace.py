@@ -42,13 +42,8 @@ class Workspace:
 
 
 def runs(root: Path) -> Path:
-    """The folder of all workspaces of this repository; it ignores itself, whatever .gitignore says."""
-    folder = main_checkout(root) / ".cola" / "workspaces"
-    folder.mkdir(parents=True, exist_ok=True)
-    ignore = folder.parent / ".gitignore"
-    if not ignore.exists():
-        ignore.write_text("*\n", encoding="utf-8")
-    return folder
+    """The folder of all workspaces of this repository, in the main checkout."""
+    return main_checkout(root) / ".cola" / "workspaces"
 
 
 @contextmanager
@@ -65,6 +60,7 @@ def opened(root: Path, tree: str, params: str, title: str) -> Iterator[Workspace
     """
     commit = commit_tree(root, tree, {"params.yaml": params}, f"cola run {title}")
     changed = git(root, "rev-parse", f"{commit}^{{tree}}").decode().strip()
+    _hide(runs(root).parent)
     path = runs(root) / f"{title.replace('/', '-')}-{changed[:8]}"
     lock = try_lock(path.with_name(f"{path.name}.lock"))
     if lock is None:
@@ -88,7 +84,7 @@ def adopt(root: Path, run: str, force: bool = False) -> list[Path]:
     """
     place = runs(root) / run
     if not place.is_dir():
-        raise UserError(f"{run}: no such workspace{suggest(run, [p.name for p in runs(root).iterdir() if p.is_dir()])}")
+        raise UserError(f"{run}: no such workspace{suggest(run, [p.name for p in runs(root).glob('*/')])}")
     lock = try_lock(place.with_name(f"{run}.lock"))
     if lock is None:
         raise RetryError(f"{run}: still running; adopt it when it has ended")
@@ -134,6 +130,13 @@ def _would_be_lost(root: Path, place: Path, name: str) -> bool:
         except UserError:
             continue
     return (root / name).exists() and _bytes(root / name) not in known
+
+
+def _hide(home: Path) -> None:
+    """Keep git's eyes off workspaces, whatever .gitignore says: a snapshot must not hold another run's worktree."""
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / ".gitignore").exists():
+        _write(home / ".gitignore", b"*\n")
 
 
 def _reusable(path: Path, tree: str) -> bool:

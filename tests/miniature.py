@@ -109,8 +109,17 @@ def make(folder: Path) -> Path:
     (folder / "weather").mkdir(parents=True)
     for name in ("conf", "cola_core/config"):
         shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("cola_core/__init__.py", "cola_core/errors.py", "cola_core/files.py", "tasks/__init__.py",
-                 "tasks/places.py", "tasks/stage.py", ".dvc/config", ".dvc/.gitignore", ".dvcignore"):
+    for name in (
+        "cola_core/__init__.py",
+        "cola_core/errors.py",
+        "cola_core/files.py",
+        "tasks/__init__.py",
+        "tasks/places.py",
+        "tasks/stage.py",
+        ".dvc/config",
+        ".dvc/.gitignore",
+        ".dvcignore",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, root / name)
     (root / "params.yaml").write_bytes(git(REPOSITORY, "show", "HEAD:params.yaml"))

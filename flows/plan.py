@@ -1,0 +1,87 @@
+"""`cola plan`: what would run, what it costs, how long it may take, and which machine setting is fastest here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cola_core.config.base import read_yaml
+from cola_core.config.params import Params, check_params
+from flows.cost import Cost, Sizes, cost, sizes
+from flows.graph import Fate, plan, stages
+from flows.timing import Timing, alternatives, measure
+
+__all__ = ["Line", "Plan", "make_plan"]
+
+WORTH = 0.95  # another setting is proposed only where it takes less than this share of the time
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stage: what would happen to it, and its cost where a model runs and its sizes are known."""
+
+    stage: str
+    fate: Fate
+    cost: Cost | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """lines: one per stage; unknown: what cannot be said yet; timings: the parameters' own setting first."""
+
+    lines: list[Line]
+    unknown: list[str]
+    timings: list[Timing]
+
+    @property
+    def better(self) -> Timing | None:
+        """The fastest setting, where it is clearly faster than the parameters' own."""
+        best = min(self.timings, key=lambda timing: timing.seconds, default=None)
+        return best if best and best.seconds < WORTH * self.timings[0].seconds else None
+
+
+def make_plan(root: Path, timed: bool = True) -> Plan:
+    """Plan a run of the project at `root` as its files stand.
+
+    Args:
+        timed: run the micro-steps; needs the outs of `fetch` and `prepare`.
+
+    Raises:
+        UserError: a mistake in params.yaml or dvc.yaml.
+        RetryError: another process works on the same files.
+    """
+    params = check_params(read_yaml(root / "params.yaml"))
+    size = sizes(root)
+    ready = size is not None and "train" in size.tokens
+    timings = list(measure(root, params, alternatives(params.machine))) if timed and ready else []
+    speed = _speed(params, size, timings[0]) if size and timings else None
+    fates = plan(root)
+    lines = [
+        _line(stage.name, fates[stage.name], cost(stage.task, stage.key, params, size) if size else None, speed)
+        for stage in stages(root)
+    ]
+    return Plan(lines, list(_unknown(size, timed)), timings)
+
+
+def _speed(params: Params, size: Sizes, timing: Timing) -> float:
+    """FLOP per second of a training micro-step, by the same arithmetic as the costs."""
+    link = cost("link", "1", params, size)
+    assert link is not None
+    return timing.tokens * (4 * size.linear + 6 * link.trainable) / timing.seconds
+
+
+def _line(name: str, fate: Fate, found: Cost | None, speed: float | None) -> Line:
+    known = found is not None and found.flops is not None and speed is not None
+    return Line(name, fate, found, found.flops / speed if known else None)  # type: ignore[union-attr, operator]
+
+
+def _unknown(size: Sizes | None, timed: bool) -> Iterator[str]:
+    if size is None:
+        yield "parameters, memory and FLOPs: known after `dvc repro fetch`, which brings the base model's shapes"
+    if timed and (size is None or "train" not in size.tokens):
+        yield "FLOPs of whole stages, times and the best machine setting: known after `dvc repro prepare`"
+    if size is not None:
+        yield "memory is weights, gradients and optimizer state; activations come on top"
+        yield "times hold for the arithmetic alone: loading, reading and writing come on top"

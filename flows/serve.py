@@ -1,0 +1,37 @@
+"""The flow as a scheduled deployment on a local process; schedules run the branch's last commit."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from cola_core.config.base import read_yaml
+from flows.child import quiet
+from flows.locks import pool_size
+from flows.snapshot import checkout
+
+__all__ = ["serve"]
+
+
+def serve(name: str, cron: str | None, every: float | None) -> None:
+    """Announce the deployment and start its runs until stopped; runs can also be started from Prefect's UI.
+
+    Args:
+        cron: when to start, such as `0 2 * * *`.
+        every: seconds between two starts, instead of `cron`.
+    """
+    root = checkout()
+    quiet()
+    threads = read_yaml(root / "params.yaml").get("machine", {}).get("threads", 1)
+    from prefect.types.entrypoint import EntrypointType
+
+    from flows.pipeline import cola_pipeline
+
+    when: dict[str, Any] = {"interval": timedelta(seconds=every)} if every else {"cron": cron}
+    cola_pipeline.serve(
+        name=name,
+        parameters={"committed": True},
+        limit=pool_size(threads),
+        entrypoint_type=EntrypointType.MODULE_PATH,
+        **when,
+    )

@@ -1,0 +1,98 @@
+"""Time one training micro-batch under several machine settings: the only measurement behind `cola plan`."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cola_core.config.params import Params
+from cola_core.config.recipe import BaseStore, LinkConfig, MachineConfig
+from cola_core.files import read_json
+from cola_core.targets import select_targets
+
+__all__ = ["Timing", "alternatives", "measure"]
+
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """seconds: median of a forward and backward; tokens: of the micro-batch."""
+
+    machine: MachineConfig
+    seconds: float
+    tokens: int
+
+    @property
+    def argument(self) -> str:
+        """What makes a run use this setting."""
+        return f"-S machine.dtype={self.machine.dtype} -S machine.threads={self.machine.threads}"
+
+
+def alternatives(machine: MachineConfig) -> list[MachineConfig]:
+    """The parameters' own setting first, then both dtypes at every power of two of threads (CPU), or at its own."""
+    cores = os.cpu_count() or 1
+    threads = [2**k for k in range(cores.bit_length()) if 2**k <= cores] if machine.device == "cpu" else []
+    dtypes: tuple[BaseStore, ...] = ("fp32",) if machine.device == "mps" else ("fp32", "bf16")
+    others = [
+        MachineConfig(device=machine.device, threads=count, dtype=dtype)
+        for dtype in dtypes
+        for count in sorted({*threads, machine.threads})
+    ]
+    return [machine, *(other for other in others if other != machine)]
+
+
+def measure(root: Path, params: Params, machines: list[MachineConfig]) -> Iterator[Timing]:
+    """Forward and backward of one micro-batch of the training split, with adapters at the reference rank.
+
+    Raises:
+        UserError: the base or the prepared rows are missing or broken.
+    """
+    import torch
+
+    from cola_core.batches import Task, read_rows
+    from cola_core.scoring import Objective
+
+    config = LinkConfig(**{**params.link, **params.chain["1"].link})
+    task = Task.read(root / "artifacts/prepare/task.json")
+    rows = read_rows(root / "artifacts/prepare/train.arrow")[: config.micro_batch]
+    kind = read_json(root / "artifacts/fetch/model/cola.json")["kind"]
+    for machine in machines:
+        torch.set_num_threads(machine.threads)
+        objective = Objective(_adapted(root, params, machine, len(task.labels)), kind, task)
+        batch = objective.training_batch(rows)
+        times = [_step(objective, batch) for _ in range(REPEATS + 1)][1:]
+        yield Timing(machine, statistics.median(times), batch.tokens)
+
+
+def _step(objective: object, batch: object) -> float:
+    import torch
+
+    started = time.perf_counter()
+    objective(batch).backward()  # type: ignore[operator]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _adapted(root: Path, params: Params, machine: MachineConfig, labels: int):  # type: ignore[no-untyped-def]
+    """The base as `link` trains it: placed, frozen, every target with a pair of the reference rank."""
+    import torch
+
+    from cola_core.adapters import Pair, attach
+    from cola_core.axes.bases import BASES
+    from cola_core.models import adaptable, load_base, place, weight_shape
+
+    model = place(load_base(root / "artifacts/fetch/model", machine, labels), machine)
+    modules, dtype = adaptable(model), BASES[machine.dtype].adapter
+    rank, pairs = params.allocate["rank"], {}
+    for name in select_targets(modules, params.targets):
+        out, inner = weight_shape(modules[name])
+        r = min(rank, out, inner)
+        pairs[name] = Pair(torch.ones(r, inner, dtype=dtype), torch.zeros(out, r, dtype=dtype), 1.0)
+    attach(model, pairs)
+    return model

@@ -1,0 +1,84 @@
+"""MLflow's and Prefect's servers on loopback, started and stopped together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+from cola_core.errors import UserError
+from flows.child import environment
+
+__all__ = ["serve_uis"]
+
+HOST = "127.0.0.1"
+MLFLOW, PREFECT = 5001, 4200
+
+
+def serve_uis(mlflow: int = MLFLOW, prefect: int = PREFECT) -> None:
+    """Serve both until one ends or this process is told to stop; then neither runs on.
+
+    Raises:
+        UserError: a port is taken, or a server ended by itself.
+    """
+    from tasks.store import tracking_uri
+
+    for port in (mlflow, prefect):
+        _check_free(port)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    address = ("--host", HOST, "--port")
+    commands = {
+        f"MLflow   http://{HOST}:{mlflow}": [
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            tracking_uri(),
+            *address,
+            str(mlflow),
+        ],
+        f"Prefect  http://{HOST}:{prefect}": ["prefect", "server", "start", *address, str(prefect)],
+    }
+    children = {name: _start(command) for name, command in commands.items()}
+    try:
+        print("\n".join([*commands, "stop both with Ctrl-C"]), flush=True)
+        _watch(children)
+    except KeyboardInterrupt:
+        print("stopped")
+    finally:
+        for child in children.values():
+            _stop(child)
+
+
+def _watch(children: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    while True:
+        for name, child in children.items():
+            if child.poll() is not None:
+                raise UserError(f"{name.split()[0]}'s server ended by itself with exit code {child.returncode}")
+        time.sleep(0.5)
+
+
+def _start(command: list[str]) -> subprocess.Popen[bytes]:
+    """One server, of this environment's own bin folder, in a process group of its own."""
+    return subprocess.Popen([sys.executable, "-m", *command], env=environment(), start_new_session=True)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    for farewell, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(child.pid, farewell)
+            child.wait(patience)
+            return
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            raise UserError(f"port {port} on {HOST} is taken; stop what listens there") from None
