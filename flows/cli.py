@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from cola_core.errors import RetryError, UserError
 
 __all__ = ["app", "main"]

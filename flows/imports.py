@@ -19,7 +19,7 @@ def code_deps() -> dict[str, list[str]]:
     """
     import grimp
 
-    graph = grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True)
+    graph = grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True, cache_dir=None)
     found = {}
     for module in graph.find_children("tasks"):
         modules = {module, *graph.find_upstream_modules(module)}
