@@ -125,6 +125,9 @@ def _check_composition(params: Params, key: str, knot: Knot) -> None:
     probed = source.probe != "none"
     machine = params.machine
     refusals = [
+        ((params.prepare.kind == "classify") != (params.fetch.model.kind == "encoder"),
+         f"prepare.kind {params.prepare.kind!r} with fetch.model.kind {params.fetch.model.kind!r}: "
+         "classify needs an encoder, choice and generate a language model"),
         (params.schedule.kind == "none" and len(params.chain) > 1,
          "schedule.kind 'none' with more than one link: only 'cola' ties knots"),
         (knot.allocate.allocator == "gora" and not probed,
@@ -144,10 +147,7 @@ def _check_composition(params: Params, key: str, knot: Knot) -> None:
          "merge.portable_adapter with an encoder: its head is saved with the adapter, which servers refuse"),
         (knot.link.bias == "lora" and (params.merge.flat_adapter or params.merge.portable_adapter),
          "link.bias 'lora' with merge.flat_adapter or portable_adapter: PEFT's readers do not agree on biases"),
-        ((params.prepare.kind == "classify") != (params.fetch.model.kind == "encoder"),
-         f"prepare.kind {params.prepare.kind!r} with fetch.model.kind {params.fetch.model.kind!r}: "
-         "classify needs an encoder, choice and generate a language model"),
-    ]
+    ]  # fmt: skip
     for refused, reason in refusals:
         if refused:
             raise UserError(f"params.yaml: chain.{key}: {reason}")

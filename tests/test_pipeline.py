@@ -1,0 +1,231 @@
+"""The whole DAG by real `dvc repro` on a tiny model: hashes, what re-runs, kills, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cola_core.config.params import check_params
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+TOPICS = {"fruit": "apple pear plum cherry", "metal": "iron gold zinc copper", "sport": "tennis chess golf rowing"}
+
+
+@pytest.fixture(scope="module")
+def cache() -> Iterator[str]:
+    """One asset cache for the module; made by hand, since both clones must share it."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+def project(folder: Path, cache: str) -> Path:
+    """A clean clone of the work tree as it stands, with the default recipe on the tiny model and a small task."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    for part, count in (("train", 90), ("test", 30)):
+        rows = [_row(index, part) for index in range(count)]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump(small(raw)))
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+def _row(index: int, part: str) -> dict[str, str]:
+    topic = list(TOPICS)[index % 3]
+    words = TOPICS[topic].split()
+    return {"text": f"{part} {index}: {words[index % 4]} and {words[(index // 3) % 4]}", "label": topic}
+
+
+def small(raw: dict[str, Any]) -> dict[str, Any]:
+    """The committed parameters with a tiny model, 2 x 6 steps and the small task."""
+    raw["task"] = "topics"
+    raw["fetch"] = {
+        "model": {"kind": "causal", "asset": "tiny:llama", "sha256": None},
+        "data": {name: {"asset": f"path:{name}.jsonl", "sha256": None} for name in ("train", "test")},
+    }
+    raw["prepare"] |= {
+        "prompt": "{{ text }}\nTopic:", "label": "{{ label }}", "answers": {t: f" {t}" for t in TOPICS},
+        "validation": 12, "probe": 8, "train": None, "max_tokens": 96,
+    }  # fmt: skip
+    raw["allocate"] |= {"r_max": 8, "r_min": 2, "rank": 4}
+    raw["profile"]["sketch"] = 8
+    raw["link"] |= {"checkpoint_every": 1, "validate_every": 3, "learning_rate": 5e-3}
+    raw["schedule"]["horizon"] = 12
+    for item in raw["chain"].values():
+        item["link"]["steps"] = 6
+    raw["evaluate"] |= {"rows": 12, "resamples": 100}
+    raw["register"]["name"] = "cola-topics"
+    check_params(raw)
+    return raw
+
+
+def environment(cache: str) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "COLA_CACHE": cache, "PYTHONPATH": "."}
+
+
+def repro(folder: Path, cache: str, *arguments: str) -> str:
+    """`dvc repro`; returns what it printed."""
+    command = [sys.executable, "-m", "dvc", "repro", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment(cache), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def stages_run(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Output path -> hash, from dvc.lock; register's out names a store and stands apart."""
+    lock = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
+    outs = {out["path"]: out["md5"] for stage, entry in lock.items() if stage != "register" for out in entry["outs"]}
+    assert len(outs) == 2 + 1 + 2 + 1 + 3 * 2 + 2
+    return outs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: Any, cache: str) -> Path:
+    """One finished run."""
+    folder = project(tmp_path_factory.mktemp("first"), cache)
+    ran = stages_run(repro(folder, cache))
+    assert sorted(ran) == sorted(
+        ["fetch", "prepare", "head", "evaluate_base", "merge", "evaluate", "register"]
+        + [f"{stage}@{k}" for stage in ("profile", "allocate", "link") for k in (1, 2)]
+    )
+    return folder
+
+
+def test_the_run_leaves_what_it_promises(run: Path) -> None:
+    for path in (
+        "fetch/model/model.safetensors", "fetch/data/train.jsonl", "prepare/manifest.json", "head/head.json",
+        "links/1/profile/profile.json", "links/2/ranks.json", "links/2/adapter/adapter_model.safetensors",
+        "merge/chain.json", "merge/checkpoint/config.json", "merge/flat_adapter/adapter_config.json",
+        "merge/portable_adapter/adapter_config.json", "evaluate/metrics.json", "evaluate/figures/losses.svg",
+        "evaluate/figures/ranks.png", "evaluate/report.html", "register/registration.json", "register/README.md",
+    ):  # fmt: skip
+        assert (run / "artifacts" / path).is_file(), path
+    metrics = json.loads((run / "artifacts/evaluate/metrics.json").read_text())
+    assert set(metrics["prefixes"]) == {"1", "2"}
+    assert metrics["n"] == metrics["base"]["n"] == metrics["majority"]["n"] == 12
+    probed = json.loads((run / "artifacts/links/1/profile/profile.json").read_text())["loss"]
+    learned = json.loads((run / "artifacts/links/2/adapter/link.json").read_text())["validation_loss"]
+    assert learned < 0.8 * probed, "the chain learned nothing"
+
+
+def test_nothing_changed_nothing_runs(run: Path, cache: str) -> None:
+    assert stages_run(repro(run, cache)) == []
+
+
+def test_law_6_another_clean_clone_gives_the_same_hashes(run: Path, cache: str, tmp_path: Path) -> None:
+    other = project(tmp_path / "second-and-longer-name", cache)
+    repro(other, cache)
+    assert hashes(other) == hashes(run)
+
+
+def test_law_7_killed_in_a_link_it_ends_the_same(run: Path, cache: str, tmp_path: Path) -> None:
+    folder = project(tmp_path, cache)
+    command = [sys.executable, "-m", "dvc", "repro", "link@1"]
+    child = subprocess.Popen(command, cwd=folder, env=environment(cache), stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not list((folder / ".cola/resume").glob("*/state.safetensors")):
+        assert child.poll() is None, "the link ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert not (folder / "artifacts/links/1/adapter").exists()
+    repro(folder, cache, "link@1")
+    assert not list((folder / ".cola/resume").iterdir()), "the resume state goes once DVC has the out"
+    lock = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]["link@1"]["outs"][0]
+    assert lock["md5"] == hashes(run)["artifacts/links/1/adapter"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "ran"),
+    [
+        ("chain.2.link.learning_rate", 1e-4, ["link@2", "merge", "evaluate", "register"]),
+        ("evaluate.batch", 5, ["evaluate_base", "evaluate", "register"]),
+        ("merge.portable_adapter", False, ["merge", "evaluate", "register"]),
+        ("chain.2.allocate.rank", 3, ["allocate@2", "link@2", "merge", "evaluate", "register"]),
+    ],
+)
+def test_only_what_changed_runs(run: Path, cache: str, key: str, value: Any, ran: list[str]) -> None:
+    params = run / "params.yaml"
+    before = params.read_text()
+    raw = yaml.safe_load(before)
+    place = raw
+    *path, last = key.split(".")
+    for part in path:
+        place = place[part]
+    place[last] = value
+    params.write_text(yaml.safe_dump(raw))
+    try:
+        dry = stages_run(repro(run, cache, "--dry"))
+    finally:
+        params.write_text(before)
+    assert sorted(dry) == sorted(ran)
+
+
+@pytest.mark.parametrize(
+    ("change", "command", "line"),
+    [
+        (lambda f: _edit(f, "seed: 0", "sead: 0"), ["head"], "sead: unknown key; did you mean 'seed'?"),
+        (lambda f: _edit(f, "prev: '1'", "prev: '2'"), ["link", "2"], "anything else is a cycle"),
+        (lambda f: None, ["link", "7"], "chain has no link '7'; it has 1, 2"),
+        (lambda f: (f / "artifacts/prepare/task.json").unlink(), ["head"], "artifacts/prepare/task.json: no such file"),
+        (lambda f: _cut(f / "artifacts/prepare/train.arrow"), ["link", "1"], "train.arrow: not a prepared split"),
+        (lambda f: _cut(f / "artifacts/links/1/adapter/adapter_model.safetensors"), ["merge"], "changed since the link"),
+        (lambda f: _edit(f, "label: '{{ label }}'", "label: '{{ labell }}'"), ["prepare"], "labell"),
+        (lambda f: (f / "artifacts/fetch/data/train.jsonl").write_text(""), ["prepare"], "train.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(
+    run: Path, cache: str, tmp_path: Path, change: Any, command: list[str], line: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder, symlinks=True)
+    for file in (folder / "artifacts").rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    change(folder)
+    before = sorted(str(p) for p in (folder / "artifacts").rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-m", f"tasks.{command[0]}", *command[1:]],
+        cwd=folder, env=environment(cache), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert line in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(str(p) for p in (folder / "artifacts").rglob("*")) == before, "nothing is written, nothing is lost"
+
+
+def _edit(folder: Path, old: str, new: str) -> None:
+    text = (folder / "params.yaml").read_text()
+    assert old in text
+    (folder / "params.yaml").write_text(text.replace(old, new))
+
+
+def _cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: len(content) // 2])
