@@ -48,7 +48,10 @@ def compose(root: Path, picks: Mapping[str, str | None], overrides: Sequence[str
             f"undo them and add: {_arguments(lost)}"
         )
     text = _composed(root, chosen, rest) if chosen else _laid_over(root, rest)
-    check_params(yaml.safe_load(text))
+    params = yaml.safe_load(text)
+    if open_keys := list(_open_keys("", params)):
+        raise UserError(f"{', '.join(open_keys)}: left to you; add -S {open_keys[0]}=...")
+    check_params(params)
     return text
 
 
@@ -129,6 +132,15 @@ def _unknown(key: str, node: Any) -> str:
             return f"{key}: no such key{suggest(part, node if isinstance(node, dict) else [])} (+{key}=... adds one)"
         node = node[part]
     return f"{key}: cannot be set"
+
+
+def _open_keys(prefix: str, node: Any) -> Iterator[str]:
+    """Dotted keys whose value is Hydra's `???`: whoever composes has to give it."""
+    if isinstance(node, dict):
+        for key, inner in node.items():
+            yield from _open_keys(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif node == "???":
+        yield prefix
 
 
 def _difference(prefix: str, old: Any, new: Any) -> Iterator[str]:

@@ -67,7 +67,7 @@ def plan(root: Path) -> dict[str, Fate]:
         RetryError: another process works on the same files.
     """
     fates: dict[str, Fate] = {}
-    with chdir(root), project(root) as repo, repo.lock:  # DVC looks for a run cache's stage from where it stands
+    with chdir(root), project(root) as repo, repo.lock:  # the run cache's stages are named from where one stands
         for stage in _ordered(repo):
             upstream_runs = any(fates[name] == "run" for name in _after(repo, stage))
             fates[stage.name] = "run" if upstream_runs else _fate(repo, stage)
@@ -85,17 +85,22 @@ def changed(root: Path, name: str) -> bool:
 
 
 def _fate(repo: Repo, stage: Any) -> Fate:
-    from dvc.stage.cache import RunCacheNotFoundError
-
     if not stage.changed():
         return "keep"
-    if not stage.changed(allow_missing=True) and stage.outs_cached():
-        return "restore"
-    try:
-        repo.stage_cache.restore(stage, dry=True)
-    except (RunCacheNotFoundError, FileNotFoundError):
-        return "run"
-    return "restore"
+    unchanged = not stage.changed(allow_missing=True)
+    return "restore" if (unchanged and stage.outs_cached()) or _in_run_cache(repo, stage) else "run"
+
+
+def _in_run_cache(repo: Repo, stage: Any) -> bool:
+    """Whether the same command has run with these dependencies before.
+
+    DVC's own dry run looks with the dependencies of dvc.lock, not of now, and so finds the last run after any change.
+    """
+    if any(not dep.exists for dep in stage.deps):
+        return False
+    stage.save_deps()
+    cached = repo.stage_cache._load(stage)
+    return bool(cached) and repo.stage_cache._create_stage(cached, wdir=stage.wdir).outs_cached()
 
 
 def _ordered(repo: Repo) -> list[Any]:

@@ -28,9 +28,10 @@ def project(root: Path) -> Iterator[Repo]:
     from dvc.lock import LockError
     from dvc.repo import Repo
 
-    log = logging.getLogger("dvc")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logs = [logging.getLogger(name) for name in ("dvc", "dvc_data", "dvc_objects")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with Repo(str(root)) as repo:
             yield repo
@@ -39,7 +40,8 @@ def project(root: Path) -> Iterator[Repo]:
     except DvcException as error:
         raise UserError(f"dvc: {_line(error)}") from None
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""A DVC project of five quick stages with this repository's conf/, params.yaml and stage runner, for tests of flows/."""
+"""A quick DVC project with this repository's conf/, params.yaml and stage runner, for tests of flows/."""
 
 from __future__ import annotations
 
