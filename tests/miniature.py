@@ -107,20 +107,10 @@ def make(folder: Path) -> Path:
     """A committed miniature in `folder`/project, its weather in `folder`/weather; returns the project."""
     root = folder / "project"
     (folder / "weather").mkdir(parents=True)
-    for name in ("conf", "cola_core/config"):
-        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (
-        "cola_core/__init__.py",
-        "cola_core/errors.py",
-        "cola_core/files.py",
-        "tasks/__init__.py",
-        "tasks/places.py",
-        "tasks/stage.py",
-        ".dvc/config",
-        ".dvc/.gitignore",
-        ".dvcignore",
-    ):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("conf", "cola_core", "tasks"):
+        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "sync.py"))
+    for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore"):
+        (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, root / name)
     (root / "params.yaml").write_bytes(git(REPOSITORY, "show", "HEAD:params.yaml"))
     (root / "dvc.yaml").write_text(DVC)

@@ -151,7 +151,7 @@ def _end_children(project: Path) -> None:
     """End the orphans of this test alone: processes that stand in this project's workspaces."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if str(project) in os.readlink(entry / "cwd") and int(entry.name) != os.getpid():
+            if str(project) in str((entry / "cwd").readlink()) and int(entry.name) != os.getpid():
                 os.kill(int(entry.name), 9)
         except OSError:
             continue
@@ -231,7 +231,10 @@ def test_slots_are_as_many_as_the_cores_allow(tmp_path: Path) -> None:
     told: list[str] = []
     with slot(tmp_path, 2, lambda: told.append("waits")), slot(tmp_path, 2, lambda: told.append("waits")):
         assert not told
-        script = f"from pathlib import Path; from flows.locks import slot\nwith slot(Path({str(tmp_path)!r}), 2, lambda: print('waits', flush=True), 0.05): print('in')"
+        script = (
+            "from pathlib import Path; from flows.locks import slot\n"
+            f"with slot(Path({str(tmp_path)!r}), 2, lambda: print('waits', flush=True), 0.05): print('in')"
+        )
         third = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         assert third.stdout is not None and third.stdout.readline() == "waits\n"
     assert third.communicate()[0] == "in\n"

@@ -1,0 +1,139 @@
+"""The command line: quick help without heavy imports, one-line errors, exit codes 2 and 75."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from miniature import git, make, ran, variables
+
+from cola_core.errors import RetryError, UserError
+from flows.cli import main
+
+HEAVY = {"torch", "transformers", "prefect", "mlflow", "dvc", "datasets", "hydra", "pandas", "pyarrow", "numpy"}
+COMMANDS = ("plan", "run", "serve", "ui", "inspect", "export", "chain", "sync", "clean", "adopt")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("cli"))
+
+
+def cola(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.cli", *words]
+    return subprocess.run(
+        command, cwd=root, env=variables(root, PYTHONDONTWRITEBYTECODE="1"), capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], *([command, "--help"] for command in COMMANDS), ["chain", "verify", "--help"]]
+)
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    script = (
+        "import sys; from flows.cli import main\n"
+        f"code = main({words!r})\n"
+        "print('MODULES', *{name.split('.')[0] for name in sys.modules}); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split("MODULES")[1].split())
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    """The least of five, since other tests share the cores."""
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "flows.cli", "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    assert all(f" {command} " in done.stdout for command in COMMANDS)
+    bare = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import typer.rich_utils, rich.console"], check=True)
+    bare = time.perf_counter() - bare
+    assert min(seconds) < max(0.5, 2.5 * bare)
+
+
+MISTAKES = [
+    (["rum"], "Did you mean 'run'"),
+    (["run", "--metod", "cola"], "--method"),
+    (["chain", "verfy"], "Did you mean 'verify'"),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_mistyped_words_are_told_what_was_meant(project: Path, words: list[str], told: str) -> None:
+    done = cola(project, *words)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+REFUSED = [
+    (["run", "--method", "gorra"], "did you mean 'gora'"),
+    (["run", "-S", "link.step=3"], "did you mean 'steps'"),
+    (["run", "-S", "chain.1.link.steps=3"], "schedule.horizon"),
+    (["adopt", "nothing"], "no such workspace"),
+    (["export", "somewhere"], "dvc repro merge"),
+    (["inspect", "nowhere.csv"], "no such file"),
+    (["chain", "verify"], "no chain here"),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), REFUSED, ids=[" ".join(r[0]) for r in REFUSED])
+def test_mistakes_are_one_line_and_write_nothing(project: Path, words: list[str], told: str) -> None:
+    done = cola(project, *words)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, ""), done.stderr
+    assert told in done.stderr
+    assert git(project, "status", "--porcelain", "--ignored") == b"" and ran(project) == []
+
+
+def test_a_chain_with_a_bare_number_is_refused_by_every_entry(project: Path) -> None:
+    params = project / "params.yaml"
+    text = params.read_text()
+    params.write_text(text.replace("\n  '2':", "\n  2:"))
+    try:
+        for words in (["plan"], ["run"], ["chain", "verify"]):
+            done = cola(project, *words)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), (words, done.stderr)
+            assert "chain.2: the key must be quoted" in done.stderr
+    finally:
+        params.write_text(text)
+
+
+def test_outside_a_checkout_is_one_line(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "GIT_CEILING_DIRECTORIES": str(tmp_path.parent),
+    }
+    command = [sys.executable, "-m", "flows.cli", "plan"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "git" in done.stderr
+
+
+def test_what_may_succeed_later_ends_with_75(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flows.clean.clean", _fail(RetryError("the disk\nis away")))
+    assert main(["clean"]) == 75
+    assert capsys.readouterr().err == "the disk is away\n"
+    monkeypatch.setattr("flows.clean.clean", _fail(UserError("no [bold] such thing")))
+    assert main(["clean"]) == 2
+    assert capsys.readouterr().err == "no [bold] such thing\n"
+
+
+def _fail(error: Exception):  # type: ignore[no-untyped-def]
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_plan_says_what_runs_and_what_is_not_known(project: Path) -> None:
+    done = cola(project, "plan")
+    assert done.returncode == 0, done.stderr
+    for stage in ("fetch", "allocate@1", "allocate@2", "evaluate", "register"):
+        assert stage in done.stdout
+    assert done.stdout.count("runs") >= 5 and "known after" in done.stdout
