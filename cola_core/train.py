@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from cola_core.adapters import LoRA
 from cola_core.axes.schedules import learning_rate_factor
 from cola_core.axes.updates import build_optimizer
-from cola_core.batches import Row, order
+from cola_core.batches import Row, group_by_length, order
 from cola_core.checkpoints import Progress, load_checkpoint, save_checkpoint
 from cola_core.config.recipe import LinkConfig, ScheduleConfig
 from cola_core.errors import UserError
@@ -73,8 +73,7 @@ def train_link(
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     torch.manual_seed(derive(course.seed, course.link, "dropout"))
     progress = load_checkpoint(course.checkpoint, named, optimizer) if course.checkpoint else Progress()
-    lengths = [len(row.prompt) + len(row.answer) for row in train]
-    plan = order(lengths, config.batch, config.steps, derive(course.seed, course.link, "data"))
+    plan = order(len(train), config.batch, config.steps, derive(course.seed, course.link, "data"))
     for step in range(progress.step, config.steps):
         if config.patience is not None and progress.waiting >= config.patience:
             break
@@ -111,8 +110,8 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     mine = rows[accelerator.process_index :: accelerator.num_processes]
-    micro = sorted(mine, key=lambda row: len(row.prompt) + len(row.answer))
-    batches = [objective.training_batch(micro[i : i + config.micro_batch]) for i in range(0, len(micro), config.micro_batch)]
+    groups = group_by_length([len(row.prompt) + len(row.answer) for row in mine], config.micro_batch)
+    batches = [objective.training_batch([mine[i] for i in group]) for group in groups]
     counts = torch.tensor([sum(map(objective.units, batches)), sum(b.tokens for b in batches)], device=accelerator.device)
     units, tokens = (int(n) for n in accelerator.reduce(counts, "sum"))
     total = torch.zeros((), dtype=torch.float64)

@@ -17,7 +17,7 @@ from cola_core.axes.initialisers import INITIALISERS
 from cola_core.axes.parametrisations import PARAMETRISATIONS
 from cola_core.axes.schedules import SCHEDULES, learning_rate_factor
 from cola_core.axes.updates import UPDATES, build_optimizer
-from cola_core.batches import order
+from cola_core.batches import OVERHEAD, group_by_length, order
 from cola_core.config import recipe
 from cola_core.config.recipe import AllocateConfig, ScheduleConfig
 from tests.lab import LINK
@@ -102,10 +102,33 @@ def test_lora_plus_moves_b_ratio_times_as_far() -> None:
     assert float(head[0]) == pytest.approx(-config.head_learning_rate, rel=1e-5)
 
 
-@given(st.lists(st.integers(1, 300), min_size=3, max_size=60), st.integers(1, 8), st.integers(1, 30), st.integers(0, 99))
-def test_order_reads_every_row_once_per_epoch(lengths: list[int], batch: int, steps: int, seed: int) -> None:
-    plan = order(lengths, batch, steps, seed)
-    assert [len(rows) for rows in plan] == [batch] * steps
-    counts = torch.bincount(torch.tensor([i for rows in plan for i in rows]), minlength=len(lengths))
-    assert int(counts.max() - counts.min()) <= 1
-    assert plan == order(lengths, batch, steps, seed)
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 30), st.integers(0, 99))
+def test_order_reads_every_row_once_per_epoch(rows: int, batch: int, steps: int, seed: int) -> None:
+    plan = order(rows, batch, steps, seed)
+    assert [len(step) for step in plan] == [batch] * steps
+    stream = [i for step in plan for i in step]
+    for start in range(0, len(stream), rows):
+        epoch = stream[start : start + rows]
+        assert len(set(epoch)) == len(epoch)
+    assert plan == order(rows, batch, steps, seed)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 9))
+def test_groups_cost_least_of_all_cuts(lengths: list[int], size: int) -> None:
+    ranked = sorted(lengths)
+
+    def cost(groups: list[list[int]]) -> int:
+        return sum(len(group) * max(group) + OVERHEAD for group in groups)
+
+    cuts = []
+    for mask in range(2 ** (len(ranked) - 1)):
+        groups, last = [], 0
+        for end in range(1, len(ranked) + 1):
+            if end == len(ranked) or mask >> (end - 1) & 1:
+                groups.append(ranked[last:end])
+                last = end
+        cuts.append(groups)
+    allowed = [cost(groups) for groups in cuts if max(map(len, groups)) <= size]
+    found = group_by_length(lengths, size)
+    assert sorted(i for group in found for i in group) == list(range(len(lengths)))
+    assert cost([[lengths[i] for i in group] for group in found]) == min(allowed)

@@ -45,7 +45,6 @@ def test_the_committed_parameters_are_right() -> None:
         ("machine.dtype", "int8", "machine.dtype: 'int8' is not a value; allowed: fp32, bf16, fp64"),
         ("link.learning_rate", "fast", "link.learning_rate: Input should be a valid number"),
         ("link.learning_rate", -1.0, "link.learning_rate: Input should be greater than 0"),
-        ("link.micro_batch", 3, "link.micro_batch: must divide batch = 8"),
         ("link.steps", ..., "horizon"),
         ("merge.checkpoint", ..., "merge.checkpoint: missing"),
         ("register", ..., "register: missing"),

@@ -33,7 +33,7 @@ def plain_lora(job: Any, family: str) -> tuple[list[float], dict[str, torch.Tens
     groups = [{"params": list(trained.values()), "top": config.learning_rate}]
     groups += [{"params": list(head.values()), "top": config.head_learning_rate}] if head else []
     adam = torch.optim.AdamW(groups, betas=tuple(config.betas), eps=config.epsilon, weight_decay=config.weight_decay)
-    plan = order([len(r.prompt) + len(r.answer) for r in job.train], config.batch, config.steps, derive(job.seed, 1, "data"))
+    plan = order(len(job.train), config.batch, config.steps, derive(job.seed, 1, "data"))
     losses = []
     for step, indices in enumerate(plan):
         weights = dict(head)

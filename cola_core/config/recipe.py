@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from cola_core.config.base import Strict
 
@@ -77,7 +77,7 @@ class LinkConfig(Strict):
 
     alpha, parametrisation: scale = alpha / r (plain) or alpha / sqrt(r) (rslora).
     gamma: size of the first step that GoRA's initialiser takes.
-    batch: rows of one optimizer step, in micro-batches of `micro_batch` rows.
+    batch: rows of one optimizer step, in groups of similar length of at most `micro_batch` rows.
     learning_rate: of A; B's is `ratio` times that under lora_plus; `head_learning_rate` of an encoder's head.
     warmup: fraction of the steps; decay: shape after it, down to `floor` times the peak.
     keep: best = the adapter with the lowest validation loss; last = the one after the last step.
@@ -110,11 +110,3 @@ class LinkConfig(Strict):
     patience: int | None = Field(ge=1)
     checkpoint_every: int = Field(ge=1)
     activation_checkpointing: bool
-
-    @field_validator("micro_batch")
-    @classmethod
-    def _divides(cls, value: int, info: object) -> int:
-        batch = getattr(info, "data", {}).get("batch", value)
-        if batch % value:
-            raise ValueError(f"must divide batch = {batch}")
-        return value
