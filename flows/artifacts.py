@@ -11,6 +11,7 @@ from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
+from cola_core.evaluation.scoreboard import cell, compared
 from flows.graph import Stage
 
 __all__ = ["show"]
@@ -42,7 +43,7 @@ def _scores(root: Path, _: Stage) -> None:
     content = _read(folder / "metrics.json")
     rows = [
         {"model": name, **{key: _plain(value) for key, value in scores.items() if isinstance(value, (int, float))}}
-        for name, scores in _compared(content)
+        for name, scores in compared(content).items()
     ]
     if content:
         create_table_artifact(rows, key="scores", description=f"on n = {content.get('n')} rows of the test file")
@@ -56,24 +57,11 @@ def _scores(root: Path, _: Stage) -> None:
 SHOWN: dict[str, Callable[[Path, Stage], None]] = {"allocate": _ranks, "evaluate": _scores}
 
 
-def _compared(content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    prefixes = [(f"prefix {k}", scores) for k, scores in sorted(content.get("prefixes", {}).items(), key=_number)]
-    named = [("majority class", content.get("majority")), ("base", content.get("base")), *prefixes, ("chain", content)]
-    return [(name, scores) for name, scores in named if scores]
-
-
 def _summary(rows: list[dict[str, Any]], content: dict[str, Any]) -> str:
     """One Markdown table: accuracy and macro-F1 with their intervals where the evaluation gave them."""
     lines = ["| model | accuracy | macro-F1 |", "|---|---|---|"]
-    lines += [f"| {row['model']} | {_interval(row, 'accuracy')} | {_interval(row, 'macro_f1')} |" for row in rows]
+    lines += [f"| {row['model']} | {cell(row, 'accuracy')} | {cell(row, 'macro_f1')} |" for row in rows]
     return "\n".join([*lines, "", f"n = {content.get('n')}; in brackets the bootstrap interval."])
-
-
-def _interval(row: dict[str, Any], name: str) -> str:
-    if name not in row:
-        return ""
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    return f"{row[name]:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def inspect_path(path: Path, rows: int) -> Iterator[str]:
     quiet()
     from transformers import AutoTokenizer
 
-    from cola_core.inspection import inspect_file
+    from cola_core.data.inspection import inspect_file
 
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     yield from inspect_file(path, params.prepare, tokenizer, rows, params.fetch.model.kind).lines()

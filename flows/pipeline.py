@@ -1,7 +1,6 @@
 """The Prefect flow: one run of the pipeline in a workspace of its own, one task per stage that DVC knows."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: a deployment's process could not resolve the flow's own annotations.
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from prefect import Task, get_run_logger, runtime
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.states import Completed, Failed
-from pydantic import Field
+from pydantic import WithJsonSchema
 
 from cola_core.errors import RetryError, UserError
 from flows.about import about
@@ -29,22 +28,26 @@ __all__ = ["cola_pipeline"]
 
 PROJECT = Path(__file__).resolve().parents[1]
 RETRY_SECONDS = 30.0
+STRINGS = WithJsonSchema({"type": "array", "items": {"type": "string"}})
 State = prefect.State[Any]
 
 
-def _names(group: str) -> Any:
-    """Prefect's UI offers the names in conf/<group>/ in a list; `compose` refuses others with its own clear line."""
-    return Field(json_schema_extra={"enum": list(choices(PROJECT, group))})
+def _names(group: str) -> WithJsonSchema:
+    """Prefect's UI offers the names in conf/<group>/ in a list; `compose` refuses others with its own clear line.
+
+    A schema that said "or null" would hide the list behind a switch; a field left empty is not sent at all.
+    """
+    return WithJsonSchema({"type": "string", "enum": choices(PROJECT, group)})
 
 
 @prefect.flow(name="cola-pipeline")
 def cola_pipeline(
-    method: Annotated[str, _names("method")] | None = None,
-    task: Annotated[str, _names("task")] | None = None,
-    model: Annotated[str, _names("model")] | None = None,
-    chain: Annotated[str, _names("chain")] | None = None,
-    seed: int | None = None,
-    overrides: list[str] | None = None,
+    method: Annotated[str | None, _names("method")] = None,
+    task: Annotated[str | None, _names("task")] = None,
+    model: Annotated[str | None, _names("model")] = None,
+    chain: Annotated[str | None, _names("chain")] = None,
+    seed: Annotated[int | None, WithJsonSchema({"type": "integer"})] = None,
+    overrides: Annotated[list[str] | None, STRINGS] = None,
     committed: bool = False,
 ) -> State:
     """Fine-tune a model by a chain of low-rank adapters, then merge, evaluate and register it.
@@ -105,7 +108,7 @@ def _stages(workspace: Workspace) -> State | None:
     return None
 
 
-def _as_task(workspace: Workspace, stage: Stage) -> Task[[], State]:
+def _as_task(workspace: Workspace, stage: Stage) -> "Task[[], State]":
     """The Prefect task of one stage, named, described and retried as tasks/<stage>.py says."""
     told = about(workspace.path, stage.task)
 

@@ -43,7 +43,9 @@ def serve_uis(mlflow: int = MLFLOW, prefect: int = PREFECT) -> None:
         ],
         f"Prefect  http://{HOST}:{prefect}": ["prefect", "server", "start", *address, str(prefect)],
     }
-    children = {name: _start(command) for name, command in commands.items()}
+    # Prefect's pages ask port 4200 whatever port serves them, unless they are told.
+    variables = environment(PREFECT_SERVER_UI_API_URL=f"http://{HOST}:{prefect}/api")
+    children = {name: _start(command, variables) for name, command in commands.items()}
     try:
         print("\n".join([*commands, "stop both with Ctrl-C"]), flush=True)
         _watch(children)
@@ -62,9 +64,9 @@ def _watch(children: Mapping[str, subprocess.Popen[bytes]]) -> None:
         time.sleep(0.5)
 
 
-def _start(command: list[str]) -> subprocess.Popen[bytes]:
+def _start(command: list[str], variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """One server, of this environment's own bin folder, in a process group of its own."""
-    return subprocess.Popen([sys.executable, "-m", *command], env=environment(), start_new_session=True)
+    return subprocess.Popen([sys.executable, "-m", *command], env=variables, start_new_session=True)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:

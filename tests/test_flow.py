@@ -1,0 +1,294 @@
+"""The flow against a real Prefect server: tasks, states, retries, artifacts, a schedule that starts runs by itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from miniature import make, ran, variables, weather
+
+pytestmark = pytest.mark.timeout(600)
+STAGES = ["fetch", "allocate@1", "allocate@2", "evaluate", "register"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _until(found: Callable[[], Any], seconds: float) -> Any:
+    """The first true answer of `found`."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        with suppress(Exception):
+            if answer := found():
+                return answer
+        time.sleep(0.5)
+    raise TimeoutError(f"nothing within {seconds} s")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """One Prefect server for the session, with a home of its own; yields the address of its API."""
+    import httpx
+
+    port = _free_port()
+    home = tempfile.mkdtemp()
+    quiet = {"PREFECT_HOME": home, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    log = (Path(home) / "server.log").open("w")
+    quiet["PREFECT_SERVER_UI_API_URL"] = f"http://127.0.0.1:{port}/api"
+    process = subprocess.Popen(
+        command, env={**os.environ, **quiet}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _until(lambda: httpx.get(f"{address}/api/health").status_code == 200, 120)
+        yield f"{address}/api"
+    finally:
+        _end(process)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("flow"))
+
+
+def _variables(root: Path, server: str) -> dict[str, str]:
+    return variables(root, PREFECT_API_URL=server, PREFECT_HOME=str(root.parent / "prefect"))
+
+
+def cola(root: Path, server: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command line with a short pause between retries."""
+    script = (
+        "import flows.pipeline; flows.pipeline.RETRY_SECONDS = 0.2\n"
+        f"from flows.cli import main; raise SystemExit(main({[*words]}))"
+    )
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=root, env=_variables(root, server), capture_output=True, text=True, check=False)
+
+
+def _post(server: str, path: str, body: dict[str, Any]) -> Any:
+    import httpx
+
+    answer = httpx.post(f"{server}{path}", json=body)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def _last_run(server: str) -> dict[str, Any]:
+    found = _post(server, "/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+    return dict(found[0])
+
+
+def _tasks(server: str, run: str) -> dict[str, dict[str, Any]]:
+    """Task runs by name; the events that make them arrive a moment after the run has ended."""
+    body = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+
+    def settled() -> list[dict[str, Any]] | None:
+        tasks = _post(server, "/task_runs/filter", body)
+        return tasks if tasks and all(task["state_type"] in ("COMPLETED", "FAILED") for task in tasks) else None
+
+    return {task["name"]: task for task in _until(settled, 30)}
+
+
+def _lines(server: str, task: str) -> str:
+    body = {"logs": {"task_run_id": {"any_": [task]}}, "sort": "TIMESTAMP_ASC"}
+    return "\n".join(entry["message"] for entry in _until(lambda: _post(server, "/logs/filter", body), 30))
+
+
+def test_a_run_shows_every_stage_and_the_same_run_again_is_cached(project: Path, server: str) -> None:
+    done = cola(project, server, "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ran(project) == STAGES
+    run = _last_run(server)
+    assert (run["name"], run["state_name"]) == ("cola_gora/r8/seed0", "Completed")
+    tasks = _tasks(server, run["id"])
+    assert list(tasks) == STAGES
+    assert {task["state_name"] for task in tasks.values()} == {"Completed"}
+    waits = {name: {one["id"] for one in task["task_inputs"].get("wait_for", [])} for name, task in tasks.items()}
+    assert waits["evaluate"] == {tasks["allocate@2"]["id"]} and waits["allocate@1"] == {tasks["fetch"]["id"]}
+    assert "allocate@2 at work" in _lines(server, tasks["allocate@2"]["id"])
+
+    adopt = re.findall(r"cola (adopt \S+)", done.stdout)[-1].split()
+    again = cola(project, server, "run")
+    assert again.returncode == 0 and ran(project) == STAGES, "nothing ran twice"
+    states = {name: task["state_name"] for name, task in _tasks(server, _last_run(server)["id"]).items()}
+    assert states == dict.fromkeys(STAGES, "Cached")
+    assert cola(project, server, *adopt).returncode == 0
+    assert (project / "artifacts" / "evaluate" / "metrics.json").is_file() and (project / "dvc.lock").is_file()
+
+
+def test_only_what_changed_runs(project: Path, server: str) -> None:
+    before = ran(project)
+    done = cola(project, server, "run", "-S", "evaluate.rows=5")
+    assert done.returncode == 0, done.stderr
+    assert ran(project)[len(before) :] == ["evaluate"] or ran(project)[len(before) :] == ["evaluate", "register"]
+    states = {name: task["state_name"] for name, task in _tasks(server, _last_run(server)["id"]).items()}
+    assert [states[name] for name in STAGES[:4]] == ["Cached", "Cached", "Cached", "Completed"]
+
+
+def test_artifacts_show_ranks_scores_and_figures(project: Path, server: str) -> None:
+    done = cola(project, server, "run", "--seed", "21")
+    assert done.returncode == 0, done.stderr
+    run = _last_run(server)["id"]
+    found = {a["key"]: a for a in _post(server, "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})}
+    assert set(found) == {"ranks-1", "ranks-2", "scores", "summary", "losses"}
+    assert '"rank": 40' in found["ranks-2"]["data"] and "790 of 800" in found["ranks-2"]["description"]
+    assert "| chain | 0.900 [0.800, 0.950] |" in found["summary"]["data"]
+    assert found["losses"]["type"] == "image" and str(found["losses"]["data"]).startswith("data:image/png;base64,iVBOR")
+
+
+FAILURES = [
+    ("fetch", "75 75", 0, ["fetch"] * 3 + STAGES[1:], ""),
+    ("fetch", "75 75 75", 75, ["fetch"] * 3, "fetch: no such luck: the net"),
+    ("fetch", "2", 2, ["fetch"], "fetch: no such luck: the net"),
+    ("evaluate", "75", 75, STAGES[:4], "evaluate: no such luck: the net"),
+    ("evaluate", "1", 2, STAGES[:4], "evaluate: ZeroDivisionError: no such luck: the net"),
+]
+
+
+@pytest.mark.parametrize(("stage", "fails", "code", "expected", "told"), FAILURES)
+def test_only_75_is_tried_again(
+    server: str, tmp_path: Path, stage: str, fails: str, code: int, expected: list[str], told: str
+) -> None:
+    """RETRIES is 2 in fetch and 0 elsewhere; DVC hides every exit code behind 255."""
+    root = make(tmp_path)
+    (weather(root) / f"{stage}.fails").write_text(fails)
+    done = cola(root, server, "run")
+    assert (done.returncode, ran(root)) == (code, expected), done.stdout + done.stderr
+    run = _last_run(server)
+    task = _tasks(server, run["id"])[stage]
+    assert task["run_count"] == expected.count(stage)
+    if code:
+        assert done.stderr.splitlines()[-1] == told
+        assert run["state_name"] == "Failed" and run["state"]["message"] == told == task["state"]["message"]
+        assert "cola adopt" not in done.stdout
+    else:
+        assert run["state_name"] == "Completed"
+
+
+def test_a_mistake_in_a_run_from_the_ui_is_its_message(project: Path, server: str) -> None:
+    script = (
+        "from flows.pipeline import cola_pipeline\n"
+        "state = cola_pipeline(method='gorra', return_state=True)\n"
+        "assert state.is_failed() and state.message.endswith(\"did you mean 'gora'?\"), state.message"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=project, env=_variables(project, server), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_stopped_run_leaves_no_stage_behind_and_goes_on(server: str, tmp_path: Path) -> None:
+    root = make(tmp_path)
+    (weather(root) / "evaluate.fails").write_text("sleep")
+    command = [sys.executable, "-m", "flows.cli", "run"]
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=_variables(root, server),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _until(lambda: "evaluate" in ran(root), 90)
+        os.kill(process.pid, signal.SIGINT)
+        process.wait(40)
+    finally:
+        _end(process)
+    standing = [entry for entry in Path("/proc").glob("[0-9]*") if _stands_in(entry, root)]
+    assert not standing, [(entry / "cmdline").read_bytes() for entry in standing]
+    assert cola(root, server, "run").returncode == 0
+    assert ran(root) == [*STAGES[:4], "evaluate", "register"]
+
+
+def _stands_in(process: Path, root: Path) -> bool:
+    try:
+        return str(root) in str((process / "cwd").readlink())
+    except OSError:
+        return False
+
+
+def test_the_form_offers_the_choices_of_conf(server: str) -> None:
+    from flows.compose import choices
+    from flows.pipeline import PROJECT, cola_pipeline
+
+    fields = cola_pipeline.parameters.properties
+    for group in ("method", "task", "model", "chain"):
+        assert fields[group]["enum"] == choices(PROJECT, group) and fields[group]["default"] is None
+    assert fields["seed"]["type"] == "integer" and fields["committed"]["type"] == "boolean"
+    assert not cola_pipeline.parameters.required
+
+
+def test_a_schedule_starts_a_run_of_the_last_commit_by_itself(server: str, tmp_path: Path) -> None:
+    """With SQLAlchemy 2.1 nothing is ever scheduled, while the UI says Ready."""
+    root = make(tmp_path)
+    (root / "params.yaml").write_text("broken: by hand, and not committed")
+    command = [sys.executable, "-m", "flows.cli", "serve", "--name", "often", "--every", "5"]
+    log = (tmp_path / "serve.log").open("w")
+    process = subprocess.Popen(
+        command, cwd=root, env=_variables(root, server), start_new_session=True, stdout=log, stderr=subprocess.STDOUT
+    )
+    scheduled = {"flow_runs": {"deployment_id": {"is_null_": False}, "state": {"type": {"any_": ["COMPLETED"]}}}}
+    try:
+        runs = _until(lambda: [r for r in _post(server, "/flow_runs/filter", scheduled) if r["auto_scheduled"]], 150)
+    except TimeoutError:
+        pytest.fail((tmp_path / "serve.log").read_text()[-3000:])
+    finally:
+        _end(process)
+    assert runs[0]["name"] == "cola_gora/r8/seed0" and set(ran(root)) == set(STAGES)
+    assert ran(root).count("fetch") == 1, "later runs of the same commit find everything cached"
+
+
+def test_prefect_yaml_deploys_to_a_process_pool(project: Path, server: str, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    environment = _variables(project, server)
+    for words in (["work-pool", "create", "cola-local", "--type", "process"], ["--no-prompt", "deploy", "--all"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", *words],
+            cwd=root, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    import httpx
+
+    deployment = httpx.get(f"{server}/deployments/name/cola-pipeline/nightly").json()
+    assert deployment["work_pool_name"] == "cola-local" and deployment["parameters"] == {"committed": True}
+    assert [one["schedule"]["cron"] for one in deployment["schedules"]] == ["0 2 * * *"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open Prefect's UI with")
+def test_the_ui_opens(server: str, tmp_path: Path) -> None:
+    address = server.removesuffix("/api")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}"]
+    command = [str(CHROMIUM), *flags, "--virtual-time-budget=15000", "--dump-dom", f"{address}/runs"]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "cola_gora/r8/seed0" in page
