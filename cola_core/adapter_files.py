@@ -80,7 +80,13 @@ def read_adapter(folder: Path) -> Adapter:
         pairs[name] = Pair(a, b, scale, short.pop(f"{name}.bias", None))
     kind = next(kind for kind, task in TASK_TYPES.items() if task == config["task_type"])
     return Adapter(
-        pairs, config["base_model_name_or_path"], kind, alpha, config["use_rslora"], config["fan_in_fan_out"], head=short
+        pairs,
+        config["base_model_name_or_path"],
+        kind,
+        alpha,
+        config["use_rslora"],
+        config["fan_in_fan_out"],
+        head=short,
     )
 
 
@@ -112,4 +118,3 @@ def _config(adapter: Adapter) -> dict[str, Any]:
 def _commonest(values: Mapping[str, Any]) -> Any:
     counts = Counter(values.values())
     return max(counts, key=lambda value: (counts[value], value))
-

@@ -186,7 +186,9 @@ def seq2seq(rows: Sequence[Row], continuations: Continuations, task: Task) -> Ba
     """Encoder reads every prompt once; the decoder scores each continuation in a row of its own."""
     assert task.start is not None, "prepare writes the decoder's start token for seq2seq models"
     prompts = [row.prompt for row in rows]
-    decoder, source, spots = [], [], _Spots()
+    decoder: list[list[int]] = []
+    source: list[int] = []
+    spots = _Spots()
     for index, conts in enumerate(continuations):
         for tokens in conts:
             spots.add(len(decoder), range(len(tokens)), tokens)

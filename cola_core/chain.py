@@ -46,7 +46,13 @@ class Link:
         """An encoder's head after this link, empty for language models."""
         path = self.folder / "head.safetensors"
         try:
-            return load_file(path) if self.number == 0 and path.exists() else {} if self.number == 0 else self.adapter().head
+            return (
+                load_file(path)
+                if self.number == 0 and path.exists()
+                else {}
+                if self.number == 0
+                else self.adapter().head
+            )
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
 
@@ -56,7 +62,9 @@ def write_root(folder: Path, base: Path, labels: int, head: dict[str, Tensor]) -
     manifest = base_manifest(base)
     with new_dir(folder) as temporary:
         if head:
-            save_file({n: t.contiguous() for n, t in head.items()}, temporary / "head.safetensors", metadata={"format": "pt"})
+            save_file(
+                {n: t.contiguous() for n, t in head.items()}, temporary / "head.safetensors", metadata={"format": "pt"}
+            )
         reference = {key: manifest[key] for key in ("asset", "hash", "kind", "family")}
         _seal(temporary, {"link": 0, "parent": None, "base": reference, "labels": labels})
 
@@ -106,7 +114,10 @@ def tie(model: PreTrainedModel, chain: Sequence[Link]) -> Iterator[tuple[int, di
     """
     for link in chain[1:]:
         adapter = link.adapter()
-        yield link.number, {name: _add(model.get_submodule(name), name, pair, link) for name, pair in adapter.pairs.items()}
+        yield (
+            link.number,
+            {name: _add(model.get_submodule(name), name, pair, link) for name, pair in adapter.pairs.items()},
+        )
     head = head_parameters(model)
     with torch.no_grad():
         for name, tensor in chain[-1].head().items():
@@ -141,5 +152,7 @@ def _read_link(folder: Path) -> Link:
     for name, expected in record["files"].items():
         path = folder / name
         if not path.exists() or tree_hash(path) != expected:
-            raise UserError(f"{path}: {'changed' if path.exists() else 'missing'} since the link was written; `dvc checkout`")
+            raise UserError(
+                f"{path}: {'changed' if path.exists() else 'missing'} since the link was written; `dvc checkout`"
+            )
     return Link(folder, record, tree_hash(folder / "link.json"))

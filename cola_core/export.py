@@ -40,7 +40,9 @@ def portable_adapter(flat: Adapter) -> Adapter:
         UserError: the adapter saves a head, which those servers refuse.
     """
     if flat.head:
-        raise UserError("merge.portable_adapter: an encoder's head is saved with it, which servers refuse; set it to false")
+        raise UserError(
+            "merge.portable_adapter: an encoder's head is saved with it, which servers refuse; set it to false"
+        )
     rank = max(pair.rank for pair in flat.pairs.values())
     pairs = {name: _pad(pair, rank) for name, pair in flat.pairs.items()}
     return Adapter(pairs, flat.base, flat.kind, dict.fromkeys(pairs, float(rank)), False, flat.transposed)
@@ -78,7 +80,9 @@ def _entry(link: Link, errors: dict[str, float]) -> dict[str, Any]:
         "ranks": {name: pair.rank for name, pair in pairs.items()},
         "scale": {name: pair.scale for name, pair in pairs.items()},
         "merge_error_max": max(errors.values()),
-        **{key: link.record[key] for key in ("steps", "kept_step", "tokens", "trainable_parameters", "validation_loss")},
+        **{
+            key: link.record[key] for key in ("steps", "kept_step", "tokens", "trainable_parameters", "validation_loss")
+        },
     }
 
 

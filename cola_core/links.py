@@ -137,7 +137,9 @@ def _check_knot(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[R
     moved = float((after - before).abs().max())
     allowed = BASES[job.machine.dtype].tolerance * max(1.0, float(before.abs().max()))
     if not moved <= allowed:
-        raise UserError(f"link {len(job.chain)}: merging it moves a score by {moved:.3g}, more than {allowed:.3g}; not tied")
+        raise UserError(
+            f"link {len(job.chain)}: merging it moves a score by {moved:.3g}, more than {allowed:.3g}; not tied"
+        )
     return {
         "score_change": moved,
         "merge_error_max": max(errors),

@@ -54,12 +54,14 @@ def load_base(path: Path, machine: MachineConfig, labels: int = 0, dropout: floa
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be loaded as a {kind} model: {str(error).splitlines()[0]}") from None
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 def place(model: PreTrainedModel, machine: MachineConfig) -> PreTrainedModel:
     """Cast once to the compute dtype of the base store and move to the device."""
-    return model.to(dtype=BASES[machine.dtype].compute).to(machine.device)  # type: ignore[arg-type]
+    model.to(device=machine.device, dtype=BASES[machine.dtype].compute)  # type: ignore[call-arg]
+    return model
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
@@ -93,7 +95,7 @@ def head_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear map, whichever way its weight is stored (GPT-2's Conv1D keeps in x out)."""
-    rows, columns = module.weight.shape  # type: ignore[union-attr]
+    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
     return (int(columns), int(rows)) if isinstance(module, Conv1D) else (int(rows), int(columns))
 
 

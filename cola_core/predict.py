@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from cola_core.base import base_folder, find_base
+from cola_core.assets.base import base_folder, find_base
 from cola_core.batches import Row, Task
 from cola_core.chain import read_chain, tie
 from cola_core.config.base import parse
 from cola_core.config.recipe import MachineConfig
 from cola_core.config.task import PrepareConfig
-from cola_core.encode import Codec, encode
+from cola_core.data.encode import Codec, encode
+from cola_core.data.examples import Example
+from cola_core.data.templates import template
 from cola_core.errors import RetryError, UserError
-from cola_core.evaluate import answer
-from cola_core.examples import Example
+from cola_core.evaluation.answers import answer
 from cola_core.files import read_json, tree_hash
 from cola_core.models import load_base, place
 from cola_core.scoring import Objective
-from cola_core.templates import template
 
 __all__ = ["Predictor"]
 

@@ -73,7 +73,9 @@ def probe(
     loss, units, seen, tokens = PASSES[config.probe](objective, rows, modules, config, reduce)
     if set(reduce.found) != set(modules):
         missing = sorted(set(modules) - set(reduce.found))
-        raise UserError(f"probe: {missing[0]} and {len(missing) - 1} more modules got no gradient; leave them out of targets")
+        raise UserError(
+            f"probe: {missing[0]} and {len(missing) - 1} more modules got no gradient; leave them out of targets"
+        )
     return Profile(reduce.ordered(reduce.found), reduce.ordered(reduce.sketches), loss / units, seen, tokens)
 
 
@@ -145,7 +147,8 @@ def _accumulate(
         wide = gradient if gradient.dtype == torch.float64 else gradient.float()
         sums[name] = sums[name].add_(wide) if name in sums else wide.clone()
 
-    total, units, seen, tokens, before = 0.0, 0, 0, 0, {}
+    before: dict[str, float] = {}
+    total, units, seen, tokens = 0.0, 0, 0, 0
     for step, start in enumerate(range(0, len(rows), config.micro_batch), start=1):
         batch = objective.training_batch(rows[start : start + config.micro_batch])
         with _on_gradient(modules, add):

@@ -112,7 +112,9 @@ def _step(
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     groups = group_by_length([len(row.prompt) + len(row.answer) for row in mine], config.micro_batch)
     batches = [objective.training_batch([mine[i] for i in group]) for group in groups]
-    counts = torch.tensor([sum(map(objective.units, batches)), sum(b.tokens for b in batches)], device=accelerator.device)
+    counts = torch.tensor(
+        [sum(map(objective.units, batches)), sum(b.tokens for b in batches)], device=accelerator.device
+    )
     units, tokens = (int(n) for n in accelerator.reduce(counts, "sum"))
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:

@@ -51,14 +51,18 @@ def verify_chain(last: Path, base: Path, prepared: Path, machine: MachineConfig)
         recorded = torch.tensor(knot["scores"], dtype=torch.float64)
         change = float((found - recorded).abs().max())
         if not change <= BASES[machine.dtype].tolerance * max(1.0, float(recorded.abs().max())):
-            raise UserError(f"{link.folder}: rebuilt from its files, links 1..{link.number} move a score by {change:.3g}")
+            raise UserError(
+                f"{link.folder}: rebuilt from its files, links 1..{link.number} move a score by {change:.3g}"
+            )
         yield Verdict(link.number, link.hash, change)
 
 
 def _check_base(base: Path, expected: str) -> None:
     found = tree_hash(base / "cola.json")
     if found != expected:
-        raise UserError(f"{base}: is another base ({found[:12]}) than the chain's ({expected[:12]}); run `dvc checkout`")
+        raise UserError(
+            f"{base}: is another base ({found[:12]}) than the chain's ({expected[:12]}); run `dvc checkout`"
+        )
     for name, digest in read_json(base / "cola.json")["files"].items():
         if not (base / name).exists() or tree_hash(base / name) != digest:
             raise UserError(f"{base / name}: missing or changed since it was fetched; run `dvc checkout`")

@@ -74,7 +74,3 @@ def _plain(value: Any) -> Any:
 
 def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _number(item: tuple[str, Any]) -> int:
-    return int(item[0])

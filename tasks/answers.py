@@ -12,7 +12,7 @@ from tasks.stage import Context
 if TYPE_CHECKING:
     from cola_core.batches import Row, Task
     from cola_core.chain import Link
-    from cola_core.evaluate import Answers
+    from cola_core.evaluation.answers import Answers
 
 __all__ = ["BASE", "PREPARED", "answers_of", "test_sample"]
 
@@ -23,7 +23,7 @@ def test_sample(context: Context) -> tuple[Task, list[Row]]:
     """The task and the rows that every model of this run is scored on."""
     from cola_core.batches import Task, read_rows
     from cola_core.config.report import EvaluateConfig
-    from cola_core.evaluate import sample
+    from cola_core.evaluation.answers import sample
 
     config = context.section(EvaluateConfig, "evaluate")
     rows = sample(read_rows(PREPARED / "test.arrow"), config.rows, context.value("seed"))
@@ -36,7 +36,7 @@ def answers_of(context: Context, name: str, chain: Sequence[Link], task: Task, r
 
     from cola_core.config.recipe import MachineConfig
     from cola_core.config.report import EvaluateConfig
-    from cola_core.evaluate import answer
+    from cola_core.evaluation.answers import answer
     from cola_core.links import open_chain
 
     size = context.section(EvaluateConfig, "evaluate").batch

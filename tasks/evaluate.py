@@ -10,7 +10,7 @@ from tasks.stage import Context, Done, run
 
 if TYPE_CHECKING:
     from cola_core.chain import Link
-    from cola_core.evaluate import Answers
+    from cola_core.evaluation.answers import Answers
 
 RETRIES = 0
 OUT, MERGE, EVALUATE_BASE = ARTIFACTS / "evaluate", ARTIFACTS / "merge", ARTIFACTS / "evaluate_base"
@@ -20,26 +20,25 @@ def main(context: Context) -> Done:
     """Write metrics.json, predictions.arrow, the plots' tables, figures and report.html."""
     from cola_core.chain import read_chain
     from cola_core.config.report import EvaluateConfig
-    from cola_core.evaluate import write_predictions
+    from cola_core.evaluation.answers import write_predictions
+    from cola_core.evaluation.metrics import summary
+    from cola_core.evaluation.report import write_report
+    from cola_core.evaluation.scoreboard import scoreboard
     from cola_core.files import new_dir, read_json, write_json
-    from cola_core.metrics import summary
-    from cola_core.report import metrics_table, write_report
 
     config, seed = context.section(EvaluateConfig, "evaluate"), context.value("seed")
     task, rows = test_sample(context)
     chain = read_chain(link_dir(context.value("final")))
     found = _prefixes(context, chain, config.prefixes, task, rows)
     classes = task.kind != "generate"
-    prefixes = {
-        name: summary(a.predicted, a.gold, a.loss, config, seed, classes) for name, a in found.items()
-    }
+    prefixes = {name: summary(a.predicted, a.gold, a.loss, config, seed, classes) for name, a in found.items()}
     last = str(len(chain) - 1)
     metrics = {**prefixes[last], **read_json(EVALUATE_BASE / "metrics.json"), "prefixes": prefixes}
     with new_dir(OUT) as folder:
         write_json(folder / "metrics.json", metrics)
         write_predictions(folder / "predictions.arrow", rows, {f"links_{k}": a for k, a in found.items()})
         write_report(folder, metrics, chain, found[last], task.labels)
-    print(metrics_table(metrics), flush=True)
+    print(scoreboard(metrics), flush=True)
     return Done(
         _flat(metrics),
         [MERGE, EVALUATE_BASE, PREPARED / "test.arrow"],

@@ -15,9 +15,9 @@ def main(context: Context) -> Done:
     from cola_core.batches import read_rows
     from cola_core.chain import read_chain
     from cola_core.config.report import EvaluateConfig
-    from cola_core.evaluate import write_predictions
+    from cola_core.evaluation.answers import write_predictions
+    from cola_core.evaluation.metrics import majority, summary
     from cola_core.files import new_dir, write_json
-    from cola_core.metrics import majority, summary
 
     config, seed = context.section(EvaluateConfig, "evaluate"), context.value("seed")
     task, rows = test_sample(context)

@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from cola_core.assets import opened
-from cola_core.base import base_folder
+from cola_core.assets.base import base_folder
+from cola_core.assets.references import opened
 from cola_core.config.task import AssetConfig, FetchConfig
 from cola_core.errors import UserError, suggest
 from cola_core.files import new_dir

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import cola_core
+from cola_core.data.templates import template
 from cola_core.errors import UserError
 from cola_core.files import write_json
-from cola_core.templates import template
 from tasks.places import ARTIFACTS
 from tasks.release import FOLDER, Release, pack, read_release, registration
 from tasks.stage import identity

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cola_core.base import keep_base
-from cola_core.card import Facts, render_card
+from cola_core.assets.base import keep_base
 from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
 from cola_core.config.report import RegisterConfig
 from cola_core.config.task import FetchConfig, PrepareConfig
 from cola_core.errors import UserError
+from cola_core.evaluation.card import Facts, render_card
 from cola_core.files import read_json, write_json
 from tasks.places import ARTIFACTS, link_dir
 from tasks.stage import Context

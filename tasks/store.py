@@ -96,7 +96,9 @@ def tracking_uri() -> str:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"sqlite:///{main_checkout() / 'mlflow.db'}"
     if "://" not in uri or uri.startswith("file:"):
-        raise UserError(f"MLFLOW_TRACKING_URI: {mask(uri)!r} is no store; allowed: sqlite:///, postgresql://, mysql://, http(s)://")
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: {mask(uri)!r} is no store; allowed: sqlite:///, postgresql://, mysql://, http(s)://"
+        )
     return uri
 
 

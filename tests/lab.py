@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_core.base import base_folder
+from cola_core.assets.base import base_folder
 from cola_core.batches import Row, Task
 from cola_core.chain import Link, read_chain, write_link, write_root
 from cola_core.config.recipe import LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import yaml
 
-from cola_core.assets import opened
-from cola_core.base import base_folder, find_base
+from cola_core.assets.base import base_folder, find_base
+from cola_core.assets.references import opened
+from cola_core.assets.tiny import build_tiny
+from cola_core.assets.wheels import extract
 from cola_core.errors import RetryError, UserError
 from cola_core.files import tree_hash
-from cola_core.tiny import build_tiny
-from cola_core.wheels import extract
 from tasks.fetch import main
 from tasks.stage import Context
 

@@ -24,7 +24,9 @@ from tests.lab import LINK
 
 UNIFORM = AllocateConfig(allocator="uniform", rank=8, r_min=4, r_max=32, features="sqrt")
 GORA = UNIFORM.model_copy(update={"allocator": "gora"})
-SHAPES = st.dictionaries(st.sampled_from("abcdefgh"), st.tuples(st.integers(40, 3000), st.integers(40, 3000)), min_size=1)
+SHAPES = st.dictionaries(
+    st.sampled_from("abcdefgh"), st.tuples(st.integers(40, 3000), st.integers(40, 3000)), min_size=1
+)
 
 
 def test_every_axis_offers_exactly_the_values_that_the_configuration_names() -> None:
@@ -37,7 +39,9 @@ def test_every_axis_offers_exactly_the_values_that_the_configuration_names() -> 
 
 
 @given(SHAPES)
-def test_equal_importance_gives_gora_ranks_in_proportion_to_the_papers_formula(shapes: dict[str, tuple[int, int]]) -> None:
+def test_equal_importance_gives_gora_ranks_in_proportion_to_the_papers_formula(
+    shapes: dict[str, tuple[int, int]],
+) -> None:
     result = allocate(shapes, dict.fromkeys(shapes, 0.5), GORA)
     budget = sum(8 * math.sqrt(a + b) for a, b in shapes.values())
     for name, (a, b) in shapes.items():

@@ -14,14 +14,14 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from cola_core.assets.tiny import build_tiny
 from cola_core.config.base import parse
 from cola_core.config.task import PrepareConfig
-from cola_core.encode import Codec, candidate_ids, encode
+from cola_core.data.encode import Codec, candidate_ids, encode
+from cola_core.data.examples import Example
+from cola_core.data.templates import template
 from cola_core.errors import UserError
-from cola_core.examples import Example
 from cola_core.files import read_json, write_json
-from cola_core.templates import template
-from cola_core.tiny import build_tiny
 
 KINDS = {"llama": "causal", "opt": "causal", "gpt2": "causal", "t5": "seq2seq", "bert": "encoder"}
 FRAMES = {"llama": ("<s>", ""), "opt": ("</s>", ""), "gpt2": ("", ""), "t5": ("", "</s>"), "bert": ("[CLS]", "[SEP]")}

@@ -15,9 +15,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from cola_core.batches import Row, Task
 from cola_core.config.report import EvaluateConfig
-from cola_core.evaluate import answer, normalise, sample, write_predictions
+from cola_core.evaluation.answers import answer, normalise, sample, write_predictions
+from cola_core.evaluation.metrics import confusion, majority, summary
 from cola_core.links import open_chain
-from cola_core.metrics import confusion, majority, summary
 from tests.lab import FAMILIES, FP64, KINDS, base_of, root_of, rows_of, task_of
 
 CONFIG = EvaluateConfig(rows="all", prefixes=True, batch=4, resamples=200, confidence=0.95)

@@ -19,7 +19,20 @@ from cola_core.errors import UserError
 from cola_core.files import tree_hash
 from cola_core.links import initial_pairs, open_chain, run_link
 from cola_core.seeds import derive
-from tests.lab import FAMILIES, FP32, FP64, KINDS, base_of, chain_of, grow, job_of, logits_of, model_of, root_of, rows_of
+from tests.lab import (
+    FAMILIES,
+    FP32,
+    FP64,
+    KINDS,
+    base_of,
+    chain_of,
+    grow,
+    job_of,
+    logits_of,
+    model_of,
+    root_of,
+    rows_of,
+)
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
@@ -29,7 +42,11 @@ def plain_lora(job: Any, family: str) -> tuple[list[float], dict[str, torch.Tens
     model, config = open_chain(job.base, job.chain, job.task, job.machine).model, job.config
     pairs = initial_pairs(model, job, 1)
     trained = {f"{n}.{k}": t.clone().requires_grad_() for n, p in pairs.items() for k, t in (("A", p.a), ("B", p.b))}
-    head = {n: p.clone().requires_grad_() for n, p in model.named_parameters() if KINDS[family] == "encoder" and "classifier" in n}
+    head = {
+        n: p.clone().requires_grad_()
+        for n, p in model.named_parameters()
+        if KINDS[family] == "encoder" and "classifier" in n
+    }
     groups = [{"params": list(trained.values()), "top": config.learning_rate}]
     groups += [{"params": list(head.values()), "top": config.head_learning_rate}] if head else []
     adam = torch.optim.AdamW(groups, betas=tuple(config.betas), eps=config.epsilon, weight_decay=config.weight_decay)
@@ -44,7 +61,10 @@ def plain_lora(job: Any, family: str) -> tuple[list[float], dict[str, torch.Tens
         for row in rows:
             inputs = {"input_ids": torch.tensor([row.prompt + row.answer])}
             if KINDS[family] == "seq2seq":
-                inputs = {"input_ids": torch.tensor([row.prompt]), "decoder_input_ids": torch.tensor([[0, *row.answer[:-1]]])}
+                inputs = {
+                    "input_ids": torch.tensor([row.prompt]),
+                    "decoder_input_ids": torch.tensor([[0, *row.answer[:-1]]]),
+                }
             logits = functional_call(model, weights, kwargs=inputs).logits[0].log_softmax(-1)
             start = 0 if KINDS[family] == "seq2seq" else len(row.prompt) - 1
             picked = [logits[start + j, t] for j, t in enumerate(row.answer)] or [logits[row.label]]
@@ -89,10 +109,14 @@ def test_law_2_tying_a_knot_changes_no_logit(family: str, tmp_path: Path, machin
                 parameter.copy_(head[name])
     rows = rows_of(family, 5, seed=3)
     untouched = logits_of(model_of(family, chain[:1], machine), family, rows)
-    pairs = zip(logits_of(before.model, family, rows), logits_of(model_of(family, chain, machine), family, rows), strict=True)
+    pairs = zip(
+        logits_of(before.model, family, rows), logits_of(model_of(family, chain, machine), family, rows), strict=True
+    )
     for (attached, merged), plain in zip(pairs, untouched, strict=True):
         assert float((attached - merged).abs().max()) <= tolerance * max(1.0, float(attached.abs().max()))
-        assert float((attached - plain).abs().max()) > 100 * tolerance, "the link learned nothing: the test would pass empty"
+        assert float((attached - plain).abs().max()) > 100 * tolerance, (
+            "the link learned nothing: the test would pass empty"
+        )
 
 
 def test_law_2_a_discontinuous_knot_stops_the_run(family: str, tmp_path: Path, monkeypatch: Any) -> None:

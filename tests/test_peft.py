@@ -40,7 +40,9 @@ def test_peft_loads_the_exported_adapter_and_gives_the_merged_logits(family: str
 
 @pytest.mark.parametrize("parametrisation", ["plain", "rslora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_reads_one_links_own_file_with_its_ranks_and_scales(family: str, parametrisation: str, tmp_path: Path) -> None:
+def test_peft_reads_one_links_own_file_with_its_ranks_and_scales(
+    family: str, parametrisation: str, tmp_path: Path
+) -> None:
     chain = chain_of(family, tmp_path, 1, FP32, parametrisation=parametrisation, learning_rate=2e-2)
     loaded = PeftModel.from_pretrained(model_of(family, chain[:1], FP32), str(chain[1].folder)).eval()
     for name, pair in chain[1].adapter().pairs.items():
@@ -48,7 +50,9 @@ def test_peft_reads_one_links_own_file_with_its_ranks_and_scales(family: str, pa
         assert layer.r["default"] == pair.rank
         assert layer.scaling["default"] == pytest.approx(pair.scale)
     rows = rows_of(family, 3, seed=3)
-    for ours, theirs in zip(logits_of(model_of(family, chain, FP32), family, rows), logits_of(loaded, family, rows), strict=True):
+    for ours, theirs in zip(
+        logits_of(model_of(family, chain, FP32), family, rows), logits_of(loaded, family, rows), strict=True
+    ):
         assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(ours.abs().max()))
 
 

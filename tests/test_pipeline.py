@@ -45,7 +45,11 @@ def project(folder: Path, cache: str) -> Path:
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     (folder / "params.yaml").write_text(yaml.safe_dump(small(raw)))
-    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start"]):
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start"],
+    ):
         subprocess.run(["git", *command], cwd=folder, check=True)
     return folder
 
@@ -146,7 +150,9 @@ def test_law_6_another_clean_clone_gives_the_same_hashes(run: Path, cache: str, 
 def test_law_7_killed_in_a_link_it_ends_the_same(run: Path, cache: str, tmp_path: Path) -> None:
     folder = project(tmp_path, cache)
     command = [sys.executable, "-m", "dvc", "repro", "link@1"]
-    child = subprocess.Popen(command, cwd=folder, env=environment(cache), stdout=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        command, cwd=folder, env=environment(cache), stdout=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 300
     while not list((folder / ".cola/resume").glob("*/state.safetensors")):
         assert child.poll() is None, "the link ended before it could be killed"

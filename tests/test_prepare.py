@@ -13,12 +13,12 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
+from cola_core.assets.tiny import build_tiny
 from cola_core.config.base import parse, read_yaml
 from cola_core.config.task import PrepareConfig
+from cola_core.data.inspection import inspect_file
 from cola_core.errors import UserError
 from cola_core.files import tree_hash, write_json
-from cola_core.inspection import inspect_file
-from cola_core.tiny import build_tiny
 from tasks import prepare
 from tasks.stage import Context
 

@@ -49,7 +49,9 @@ def whole_gradients(objective: Any, modules: dict[str, nn.Module], rows: list[An
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("examples", [1, 6])
 @pytest.mark.parametrize(("way", "micro_batch"), [("one_batch", 1), ("accumulate", 1), ("accumulate", 4)])
-def test_law_8_every_example_counts_once(family: str, examples: int, way: str, micro_batch: int, tmp_path: Path) -> None:
+def test_law_8_every_example_counts_once(
+    family: str, examples: int, way: str, micro_batch: int, tmp_path: Path
+) -> None:
     objective, modules = opened(family, tmp_path)
     rows = rows_of(family, examples)
     expected = whole_gradients(objective, modules, rows)
@@ -79,14 +81,21 @@ def test_gora_from_whole_gradients_in_float64(family: str, tmp_path: Path) -> No
     total = sum(importance.values())
     budget = sum(ALLOCATE.rank * math.sqrt(sum(shape)) for shape in shapes.values())
     ranks = {
-        name: int(np.clip(round(budget * importance[name] / total / math.sqrt(sum(shapes[name]))), 2, min(8, *shapes[name])))
+        name: int(
+            np.clip(round(budget * importance[name] / total / math.sqrt(sum(shapes[name]))), 2, min(8, *shapes[name]))
+        )
         for name in shapes
     }
     result = allocate(shapes, {n: m["importance"] for n, m in found.modules.items()}, ALLOCATE)
     assert result.ranks == ranks
     assert len(set(ranks.values())) > 1, "equal ranks everywhere would prove nothing"
     job = job_of(
-        family, root_of(family, tmp_path), initialiser="gora", parametrisation="rslora", ranks=ranks, sketches=found.sketches
+        family,
+        root_of(family, tmp_path),
+        initialiser="gora",
+        parametrisation="rslora",
+        ranks=ranks,
+        sketches=found.sketches,
     )
     for name, pair in initial_pairs(objective.model, job, 1).items():
         a, g, r = pair.a.numpy(), gradients[name].numpy(), ranks[name]
@@ -122,7 +131,9 @@ def test_law_10_the_probe_loss_falls_for_small_gamma(family: str, tmp_path: Path
 @settings(max_examples=40, deadline=None)
 @given(out=st.integers(2, 12), columns=st.integers(4, 20), rank=st.integers(1, 4), seed=st.integers(0, 9),
        gamma=st.floats(1e-3, 1), way=st.sampled_from(sorted(PARAMETRISATIONS)))  # fmt: skip
-def test_law_10_holds_for_every_shape_and_scale(out: int, columns: int, rank: int, seed: int, gamma: float, way: str) -> None:
+def test_law_10_holds_for_every_shape_and_scale(
+    out: int, columns: int, rank: int, seed: int, gamma: float, way: str
+) -> None:
     gradient = torch.randn(out, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     a_max = draw_a(seed, 1, "m", 4, columns)
     scale = PARAMETRISATIONS[way].scale(16.0, rank)

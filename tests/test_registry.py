@@ -18,7 +18,7 @@ import yaml
 
 from cola_core.adapter_files import Adapter
 from cola_core.adapters import Pair
-from cola_core.base import base_folder, find_base
+from cola_core.assets.base import base_folder, find_base
 from cola_core.chain import read_chain, write_link, write_root
 from cola_core.config.base import read_yaml
 from cola_core.errors import UserError

@@ -43,7 +43,9 @@ def test_scores_and_both_losses(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
         labels = torch.tensor([row.label for row in rows])
         right = expected[range(len(rows)), labels]
-        assert float(objective(objective.training_batch(rows))) == pytest.approx(-float(right.sum()), abs=tolerance * 10)
+        assert float(objective(objective.training_batch(rows))) == pytest.approx(
+            -float(right.sum()), abs=tolerance * 10
+        )
         objective.task = task_of(family, "candidates")
         loss = functional.cross_entropy(expected, labels, reduction="sum")
         assert float(objective(objective.training_batch(rows))) == pytest.approx(float(loss), abs=tolerance * 10)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from cola_core.config.base import parse, read_yaml
 from cola_core.config.task import PrepareConfig
+from cola_core.data.examples import Example, read_examples
+from cola_core.data.splits import Duplicates, split
 from cola_core.errors import UserError
-from cola_core.examples import Example, read_examples
-from cola_core.splits import Duplicates, split
 
 FIXED = {
     "train": ["train:15", "train:3", "train:2", "train:20"],

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cola_core.data.tables import FORMATS, read_table
 from cola_core.errors import UserError
-from cola_core.tables import FORMATS, read_table
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 ROWS = {"sst2/train.tsv": 60614, "sst2/test.tsv": 872, "rte/train.tsv": 2490, "rte/dev.tsv": 277,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cola_core.data.templates import template
 from cola_core.errors import UserError
-from cola_core.templates import template
 
 ROW = {"text": "A film", "label": 1, "a b": "odd", "gone": None, "target": {"word": "it"}}
 WRONG = {

@@ -16,9 +16,9 @@ from transformers import (
     AutoTokenizer,
 )
 
+from cola_core.assets.tiny import FAMILIES, build_tiny
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
-from cola_core.tiny import FAMILIES, build_tiny
 
 LOADERS = {
     "llama": AutoModelForCausalLM,

@@ -46,7 +46,7 @@ FEATURES: dict[str, tuple[Callable[[int], float], Callable[[float, float], float
 
 def uniform(shapes: Shapes, importance: Mapping[str, float], config: AllocateConfig) -> dict[str, float]:
     """The same rank everywhere (LoRA)."""
-    return {name: config.rank for name in shapes}
+    return dict.fromkeys(shapes, config.rank)
 
 
 def gora(shapes: Shapes, importance: Mapping[str, float], config: AllocateConfig) -> dict[str, float]:

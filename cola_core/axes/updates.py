@@ -39,7 +39,9 @@ def build_optimizer(parameters: Iterable[tuple[str, str, Parameter]], config: Li
     rates = UPDATES[config.update](config)
     groups: dict[str, dict[str, Any]] = {}
     for name, role, parameter in parameters:
-        group = groups.setdefault(role, {"params": [], "names": [], "role": role, "lr": rates[role], "peak": rates[role]})
+        group = groups.setdefault(
+            role, {"params": [], "names": [], "role": role, "lr": rates[role], "peak": rates[role]}
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     betas = (config.betas[0], config.betas[1])

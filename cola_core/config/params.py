@@ -102,7 +102,9 @@ def _check_wiring(key: str, item: Any) -> None:
         raise UserError(f"{where}: expected prev, profile_from, profile, allocate and link")
     before = str(int(key) - 1)
     if item.get("prev") != before:
-        raise UserError(f"{where}.prev: is {item.get('prev')!r}; link '{key}' follows '{before}', anything else is a cycle")
+        raise UserError(
+            f"{where}.prev: is {item.get('prev')!r}; link '{key}' follows '{before}', anything else is a cycle"
+        )
     source = item.get("profile_from")
     if source not in [str(k + 1) for k in range(int(key))]:
         raise UserError(f"{where}.profile_from: is {source!r}; allowed: a quoted link from '1' to '{key}'")

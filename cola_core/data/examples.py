@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cola_core.config.task import PrepareConfig
+from cola_core.data.tables import read_table
+from cola_core.data.templates import template
 from cola_core.errors import UserError, suggest
-from cola_core.tables import read_table
-from cola_core.templates import template
 
 __all__ = ["Example", "label_counts", "read_examples"]
 

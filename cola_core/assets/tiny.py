@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
+from cola_core.assets.saving import drop_noise
 from cola_core.errors import UserError, suggest
-from cola_core.saving import drop_noise
 from cola_core.seeds import derive
 
 __all__ = ["build_tiny"]

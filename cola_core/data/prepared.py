@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from cola_core.config.task import PrepareConfig
-from cola_core.encode import Codec, Encoded, candidate_ids
-from cola_core.examples import label_counts
+from cola_core.data.encode import Codec, Encoded, candidate_ids
+from cola_core.data.examples import label_counts
 from cola_core.files import tree_hash, write_json
 
 __all__ = ["sample", "summary", "write_prepared"]

@@ -12,7 +12,7 @@ import zipfile
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
-from cola_core.cache import cache_root, locked
+from cola_core.assets.cache import cache_root, locked
 from cola_core.errors import RetryError, UserError, suggest
 from cola_core.files import new_file, tree_hash
 

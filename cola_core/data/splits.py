@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from cola_core.config.task import PrepareConfig
+from cola_core.data.examples import Example
 from cola_core.errors import UserError
-from cola_core.examples import Example
 from cola_core.seeds import derive
 
 __all__ = ["Duplicates", "Splits", "split"]

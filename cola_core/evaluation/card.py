@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from cola_core.evaluation.scoreboard import cell, compared
+
 __all__ = ["Facts", "render_card"]
 
 # Wheels that carry a model of the Hub: its id there and its license.
@@ -106,11 +108,7 @@ def _data(facts: Facts) -> str:
 
 def _scores(facts: Facts) -> str:
     metrics = facts.metrics
-    named = {"this chain": metrics, "base": metrics.get("base", {}), "majority class": metrics.get("majority", {})}
-    prefixes = metrics.get("prefixes", {})
-    named |= {f"first {_count(int(k), 'link')}": prefixes[k] for k in sorted(prefixes, key=int)}
-    named = {name: values for name, values in named.items() if values}
-    rows = [[name, _interval(values, "accuracy"), _interval(values, "macro_f1")] for name, values in named.items()]
+    rows = [[name, cell(values, "accuracy"), cell(values, "macro_f1")] for name, values in compared(metrics).items()]
     head = f"## Scores on {metrics['n']:,} test rows\n\n"
     return head + _table(["", "accuracy", "macro-F1"], rows) + "\n\nIn brackets: bootstrap intervals over these rows."
 
@@ -165,13 +163,6 @@ def _license(facts: Facts) -> str:
     base, license_id = _origin(facts)
     of_base = f"`{base}` is under {license_id}" if license_id else "See the base model for its license"
     return f"## License\n\n{of_base}; adapters and merged weights derive from it, and the data has terms of its own."
-
-
-def _interval(values: Mapping[str, Any], name: str) -> str:
-    if values.get(name) is None:
-        return "-"
-    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
-    return f"{values[name]:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")
 
 
 def _count(number: int, word: str) -> str:

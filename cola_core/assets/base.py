@@ -10,11 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cola_core.assets import opened
-from cola_core.cache import cache_root, locked
+from cola_core.assets.cache import cache_root, locked
+from cola_core.assets.hub import MODEL_FILES
+from cola_core.assets.references import opened
 from cola_core.errors import UserError, suggest
 from cola_core.files import new_dir, read_json, tree_hash, write_json
-from cola_core.hub import MODEL_FILES
 
 __all__ = ["base_folder", "find_base", "keep_base"]
 
@@ -120,7 +120,7 @@ def _modules(folder: Path, kind: str) -> dict[str, list[int]]:
 def _fill(source: Path, folder: Path) -> str | None:
     """Write the model's files; returns what a reader should know about them."""
     if source.suffix == ".gguf":
-        from cola_core.gguf import convert_gguf
+        from cola_core.assets.gguf import convert_gguf
 
         print(f"converting {source.name} to safetensors in fp32", flush=True)
         return convert_gguf(source, folder)

@@ -11,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first: no screen is there
+from matplotlib import pyplot as plt
 
 __all__ = ["draw_confusion", "draw_losses", "draw_ranks", "draw_scores"]
 
@@ -32,7 +32,9 @@ def draw_losses(folder: Path, losses: Sequence[Mapping[str, Any]]) -> None:
     for before, after in zip(losses, losses[1:], strict=False):
         if before["link"] != after["link"]:
             axes.axvline(before["step"] + 0.5, color=GREY, ls="--", lw=1)
-            axes.annotate(f"knot {before['link']}", (before["step"] + 0.5, 1), xycoords=("data", "axes fraction"), color=GREY)
+            axes.annotate(
+                f"knot {before['link']}", (before["step"] + 0.5, 1), xycoords=("data", "axes fraction"), color=GREY
+            )
     axes.set(xlabel="optimizer step", ylabel="loss", ylim=(0, None))
     axes.legend(frameon=False)
     _save(figure, folder / "losses")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from cola_core.config.task import PrepareConfig
+from cola_core.data.examples import Example
+from cola_core.data.templates import template
 from cola_core.errors import UserError
-from cola_core.examples import Example
 from cola_core.files import read_json
-from cola_core.templates import template
 
 __all__ = ["Codec", "Encoded", "candidate_ids", "encode"]
 

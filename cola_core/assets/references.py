@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from cola_core.cache import cache_root
+from cola_core.assets.cache import cache_root
+from cola_core.assets.hub import dataset_file, snapshot
+from cola_core.assets.wheels import extract, wheel
 from cola_core.errors import UserError, suggest
 from cola_core.files import tree_hash
-from cola_core.hub import dataset_file, snapshot
-from cola_core.wheels import extract, wheel
 
 __all__ = ["opened"]
 
@@ -78,7 +78,7 @@ def _path(rest: str, sha256: str | None) -> Iterator[Path]:
 
 @contextmanager
 def _tiny(rest: str, sha256: str | None) -> Iterator[Path]:
-    from cola_core.tiny import build_tiny
+    from cola_core.assets.tiny import build_tiny
 
     part = _parse(TINY, "tiny", rest, "family or family@seed")
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ import gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from cola_core.saving import drop_noise
+from cola_core.assets.saving import drop_noise
 
 __all__ = ["convert_gguf"]
 

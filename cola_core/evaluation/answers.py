@@ -51,7 +51,13 @@ def sample(rows: Sequence[Row], count: int | str, seed: int) -> list[Row]:
     for index in torch.randperm(len(rows), generator=generator).tolist():
         groups.setdefault(rows[index].label, []).append(index)
     # Interleaving the groups by the fraction of themselves already taken makes every prefix stratified.
-    ranked = sorted((((place + 0.5) / len(group), label, index) for label, group in groups.items() for place, index in enumerate(group)))
+    ranked = sorted(
+        (
+            ((place + 0.5) / len(group), label, index)
+            for label, group in groups.items()
+            for place, index in enumerate(group)
+        )
+    )
     return [rows[index] for index in sorted(index for _, _, index in ranked[: int(count)])]
 
 
@@ -98,7 +104,11 @@ def write_predictions(path: Path, rows: Sequence[Row], answers: dict[str, Answer
     for name, given in answers.items():
         columns |= {f"{name}_predicted": given.predicted, f"{name}_correct": given.correct, f"{name}_loss": given.loss}
     table = pa.table(columns)
-    with new_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+    with (
+        new_file(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as out,
+    ):
         out.write_table(table)
 
 

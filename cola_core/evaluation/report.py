@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import csv
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cola_core.chain import Link
-from cola_core.evaluate import Answers
-from cola_core.figures import draw_confusion, draw_losses, draw_ranks, draw_scores
-from cola_core.metrics import confusion
+from cola_core.evaluation.answers import Answers
+from cola_core.evaluation.figures import draw_confusion, draw_losses, draw_ranks, draw_scores
+from cola_core.evaluation.metrics import confusion
+from cola_core.evaluation.scoreboard import cell, compared
 
-__all__ = ["metrics_table", "write_report"]
+__all__ = ["write_report"]
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a202c}
 table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #e2e8f0}
 td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}code{font-size:.9em}"""
 
 
-def write_report(folder: Path, metrics: Mapping[str, Any], chain: Sequence[Link], answers: Answers, labels: list[str]) -> None:
+def write_report(
+    folder: Path, metrics: Mapping[str, Any], chain: Sequence[Link], answers: Answers, labels: list[str]
+) -> None:
     """Write losses.csv, ranks.csv, confusion.csv, figures/*.svg and *.png, and report.html into `folder`."""
     losses, ranks = chain_losses(chain), {link.number: link.record["ranks"] for link in chain[1:]}
     figures = folder / "figures"
     _write_csv(folder / "losses.csv", losses)
-    _write_csv(folder / "ranks.csv", [{"link": k, "module": n, "rank": r} for k, m in ranks.items() for n, r in m.items()])
+    _write_csv(
+        folder / "ranks.csv", [{"link": k, "module": n, "rank": r} for k, m in ranks.items() for n, r in m.items()]
+    )
     draw_losses(figures, losses)
     draw_ranks(figures, ranks)
-    draw_scores(figures, dict(models_of(metrics)))
+    draw_scores(figures, compared(metrics))
     if labels:
         pairs = zip(answers.gold, answers.predicted, strict=True)
         _write_csv(folder / "confusion.csv", [{"actual": gold, "predicted": said} for gold, said in pairs])
@@ -50,34 +55,11 @@ def chain_losses(chain: Sequence[Link]) -> list[dict[str, Any]]:
     return found
 
 
-def models_of(metrics: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, float]]]:
-    """(name, scores) of everything that was compared, weakest claim first."""
-    for name in ("majority", "base"):
-        if name in metrics:
-            yield f"{name} class" if name == "majority" else f"{name} model", metrics[name]
-    for length, scores in metrics["prefixes"].items():
-        yield ("link 1" if length == "1" else f"links 1..{length}"), scores
-
-
-def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Accuracy and macro-F1 of every model with their intervals and n, for a terminal."""
-    lines = [f"{'':<16}{'accuracy':<24}{'macro-F1':<24}n"]
-    for name, scores in models_of(metrics):
-        lines.append(f"{name:<16}{_cell(scores, 'accuracy'):<24}{_cell(scores, 'macro_f1'):<24}{scores['n']}")
-    return "\n".join(lines)
-
-
-def _cell(scores: Mapping[str, float], name: str) -> str:
-    if name not in scores:
-        return "-"
-    return f"{scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]"
-
-
 def _page(metrics: Mapping[str, Any], chain: Sequence[Link], figures: Sequence[str]) -> str:
     base = chain[0].record["base"]
     rows = "".join(
-        f"<tr><td>{html.escape(name)}<td>{_cell(s, 'accuracy')}<td>{_cell(s, 'macro_f1')}<td>{s['n']}"
-        for name, s in models_of(metrics)
+        f"<tr><td>{html.escape(name)}<td>{cell(s, 'accuracy')}<td>{cell(s, 'macro_f1')}<td>{s['n']}"
+        for name, s in compared(metrics).items()
     )
     links = "".join(
         f"<tr><td>{link.number}<td>{link.record['steps']}<td>{link.record['kept_step']}<td>{link.record['tokens']:,}"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cola_core.config.task import PrepareConfig
-from cola_core.encode import Codec, encode
-from cola_core.examples import read_examples
+from cola_core.data.encode import Codec, encode
+from cola_core.data.examples import read_examples
+from cola_core.data.prepared import sample, summary
 from cola_core.files import read_json
-from cola_core.prepared import sample, summary
 
 __all__ = ["Report", "inspect_file"]
 
@@ -20,7 +20,7 @@ OPEN, CLOSE = "\u27e6", "\u27e7"  # brackets that no data file is likely to hold
 
 @dataclass(frozen=True)
 class Report:
-    """Plain data: where it comes from, counts per split, and rendered samples (see `cola_core.prepared.sample`)."""
+    """Plain data: where it comes from, counts per split, and rendered samples (see `cola_core.data.prepared.sample`)."""
 
     source: str
     splits: dict[str, dict[str, Any]]
@@ -46,7 +46,7 @@ def inspect_file(path: Path, config: PrepareConfig, tokenizer: Any, rows: int, k
     """Look at a data file through the parameters' templates, or at a folder that stage `prepare` wrote.
 
     Args:
-        path: a file that `cola_core.tables` reads, or a prepared folder.
+        path: a file that `cola_core.data.tables` reads, or a prepared folder.
         tokenizer: a fast tokenizer of transformers.
         rows: samples to show, from the beginning.
         kind: of the model: causal, seq2seq or encoder.
