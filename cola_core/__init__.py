@@ -1,1 +1,1 @@
-"""The mathematics of chains of low-rank adapters: torch, transformers and datasets; nothing of Prefect, MLflow or DVC."""
+"""The mathematics of chains of low-rank adapters: torch and transformers; nothing of Prefect, MLflow or DVC."""

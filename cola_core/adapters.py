@@ -91,7 +91,7 @@ def add_pair(module: nn.Module, pair: Pair) -> float:
     """W <- W + s B A in place, in the weight's master dtype (law 5).
 
     Returns:
-        the relative merge error ||(W' - W) - s B A|| / ||s B A||, 0 where the delta is zero; not finite where W' is not.
+        the relative merge error ||(W' - W) - s B A|| / ||s B A||, 0 where the delta is zero.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
     with torch.no_grad():

@@ -64,7 +64,7 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) 
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
     except (SafetensorError, OSError, KeyError, ValueError):
         return Progress()  # cut off before its rename was durable: the link repeats its steps and ends the same
     with torch.no_grad():

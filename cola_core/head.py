@@ -1,4 +1,4 @@
-"""An encoder's head, fitted alone on frozen features, so that the first probe differentiates through a sensible head."""
+"""An encoder's head, fitted alone on frozen features, so that the first probe sees a sensible head."""
 
 from __future__ import annotations
 

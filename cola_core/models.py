@@ -78,7 +78,7 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def module_shapes(path: Path, kind: str) -> dict[str, list[int]]:
-    """(out, in) of everything adaptable in a base directory, without reading a weight; `fetch` keeps it in cola.json."""
+    """(out, in) of everything adaptable in a base directory, without reading a weight; kept in cola.json."""
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     with torch.device("meta"):
         model = getattr(transformers, CLASSES[kind]).from_config(config)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
 from cola_core.evaluation.scoreboard import cell, compared
@@ -18,9 +19,18 @@ __all__ = ["show"]
 
 
 def show(root: Path, stage: Stage) -> None:
-    """Make the artifacts of `stage` from its files below `root`; a stage without any shows nothing."""
-    if shown := SHOWN.get(stage.task):
-        shown(root, stage)
+    """Make the artifacts of `stage` from its files below `root`; a stage without any shows nothing.
+
+    A workspace may hold another version of the project than this code: files it cannot read fail no stage.
+    """
+    try:
+        SHOWN.get(stage.task, _nothing)(root, stage)
+    except (KeyError, TypeError, ValueError) as error:
+        get_run_logger().warning("%s: its files are not as expected here, nothing is shown: %r", stage.name, error)
+
+
+def _nothing(_: Path, __: Stage) -> None:
+    """Most stages have no artifact."""
 
 
 def _ranks(root: Path, stage: Stage) -> None:

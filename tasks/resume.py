@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @contextmanager
 def resume_folder(context: Context, inputs: Sequence[Path]) -> Iterator[Path]:
-    """Yield `.cola/resume/<hash of stage, parameters, inputs, code>`; it is kept when the block fails, removed after it.
+    """Yield `.cola/resume/<hash of stage, parameters, inputs, code>`; kept when the block fails, else removed.
 
     It cannot lie among the outs: DVC deletes those before a stage runs. The caller has read its parameters by then.
 

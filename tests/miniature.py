@@ -91,9 +91,10 @@ BODIES = {
     "evaluate": """
     folder = Path("artifacts/evaluate/figures")
     folder.mkdir(parents=True)
-    scores = {"accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95, "macro_f1": 0.7}
+    scores = {"n": 10, "accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95,
+              "macro_f1": 0.7, "macro_f1_low": 0.6, "macro_f1_high": 0.8}
     (folder.parent / "metrics.json").write_text(json.dumps(
-        {"n": 10, **scores, "base": {"accuracy": 0.3}, "majority": {"accuracy": 0.2}, "prefixes": {"1": scores}}))
+        {**scores, "base": scores, "majority": scores, "prefixes": {"1": scores, "2": scores}}))
     (folder / "losses.png").write_bytes(PIXEL)
 """,
     "register": """

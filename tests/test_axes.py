@@ -102,8 +102,8 @@ def test_lora_plus_moves_b_ratio_times_as_far() -> None:
     for parameter in (a, b, head):
         parameter.grad = torch.ones(3)
     optimizer.step()
-    assert float(b[0] / a[0]) == pytest.approx(16.0, rel=1e-5)
-    assert float(head[0]) == pytest.approx(-config.head_learning_rate, rel=1e-5)
+    assert (b[0] / a[0]).item() == pytest.approx(16.0, rel=1e-5)
+    assert head[0].item() == pytest.approx(-config.head_learning_rate, rel=1e-5)
 
 
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 30), st.integers(0, 99))

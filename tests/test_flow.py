@@ -160,7 +160,7 @@ def test_artifacts_show_ranks_scores_and_figures(project: Path, server: str) -> 
     found = {a["key"]: a for a in _post(server, "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})}
     assert set(found) == {"ranks-1", "ranks-2", "scores", "summary", "losses"}
     assert '"rank": 40' in found["ranks-2"]["data"] and "790 of 800" in found["ranks-2"]["description"]
-    assert "| chain | 0.900 [0.800, 0.950] |" in found["summary"]["data"]
+    assert "| links 1..2 | 0.900 [0.800, 0.950] |" in found["summary"]["data"]
     assert found["losses"]["type"] == "image" and str(found["losses"]["data"]).startswith("data:image/png;base64,iVBOR")
 
 
@@ -285,10 +285,14 @@ def test_prefect_yaml_deploys_to_a_process_pool(project: Path, server: str, tmp_
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open Prefect's UI with")
-def test_the_ui_opens(server: str, tmp_path: Path) -> None:
-    address = server.removesuffix("/api")
+def test_the_ui_opens(project: Path, server: str, tmp_path: Path) -> None:
+    assert cola(project, server, "run").returncode == 0
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
     flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}"]
-    command = [str(CHROMIUM), *flags, "--virtual-time-budget=15000", "--dump-dom", f"{address}/runs"]
-    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "cola_gora/r8/seed0" in page
+    command = [str(CHROMIUM), *flags, "--virtual-time-budget=20000", "--dump-dom", server.replace("/api", "/runs")]
+
+    def shown() -> bool:
+        page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        return "cola_gora/r8/seed0" in page
+
+    assert _until(shown, 120)

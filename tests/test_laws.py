@@ -38,7 +38,7 @@ pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
 
 def plain_lora(job: Any, family: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Law 1's reference: torch alone, weights W + s B A, one row at a time, every logit, a hand-written learning rate."""
+    """Law 1's reference: torch alone, weights W + s B A, one row at a time, every logit, its own learning rate."""
     model, config = open_chain(job.base, job.chain, job.task, job.machine).model, job.config
     pairs = initial_pairs(model, job, 1)
     trained = {f"{n}.{k}": t.clone().requires_grad_() for n, p in pairs.items() for k, t in (("A", p.a), ("B", p.b))}

@@ -201,7 +201,7 @@ def test_only_what_changed_runs(run: Path, cache: str, key: str, value: Any, ran
         (lambda f: None, ["link", "7"], "chain has no link '7'; it has 1, 2"),
         (lambda f: (f / "artifacts/prepare/task.json").unlink(), ["head"], "artifacts/prepare/task.json: no such file"),
         (lambda f: _cut(f / "artifacts/prepare/train.arrow"), ["link", "1"], "train.arrow: not a prepared split"),
-        (lambda f: _cut(f / "artifacts/links/1/adapter/adapter_model.safetensors"), ["merge"], "changed since the link"),
+        (lambda f: _cut(f / "artifacts/links/1/adapter/adapter_model.safetensors"), ["merge"], "changed since"),
         (lambda f: _edit(f, "label: '{{ label }}'", "label: '{{ labell }}'"), ["prepare"], "labell"),
         (lambda f: (f / "artifacts/fetch/data/train.jsonl").write_text(""), ["prepare"], "train.jsonl"),
     ],

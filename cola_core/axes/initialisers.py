@@ -19,7 +19,7 @@ class Start:
     """What an initialiser may use for one module.
 
     shape: (out, in) of W; rank: r; scale: s of the parametrisation; gamma: size of GoRA's first step;
-    sketch: S = G A_max^T, out x rows, of the link's own probe (None without one); seed, link, module: the random stream.
+    sketch: S = G A_max^T, out x rows, of the link's own probe (None without one); seed, link, module: its stream.
     """
 
     shape: tuple[int, int]

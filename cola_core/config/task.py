@@ -16,7 +16,7 @@ TaskKind = Literal["choice", "generate", "classify"]
 
 
 class AssetConfig(Strict):
-    """One reference (`hub:`, `path:`, `pypi:` or `tiny:`); sha256 of the file or wheel, null where it cannot be known."""
+    """One reference (`hub:`, `path:`, `pypi:` or `tiny:`); sha256 of the file or wheel, null where unknown."""
 
     asset: str
     sha256: str | None

@@ -20,7 +20,7 @@ OPEN, CLOSE = "\u27e6", "\u27e7"  # brackets that no data file is likely to hold
 
 @dataclass(frozen=True)
 class Report:
-    """Plain data: where it comes from, counts per split, and rendered samples (see `cola_core.data.prepared.sample`)."""
+    """Plain data: where it comes from, counts per split, and rendered samples (see `data.prepared.sample`)."""
 
     source: str
     splits: dict[str, dict[str, Any]]

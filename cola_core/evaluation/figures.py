@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def draw_losses(folder: Path, losses: Sequence[Mapping[str, Any]]) -> None:
     axes.plot([e["step"] for e in losses], [e["loss"] for e in losses], color=BLUE, lw=1, label="training, per step")
     seen = [(e["step"], e["validation"]) for e in losses if e["validation"] is not None]
     axes.plot(*zip(*seen, strict=True), "o-", color=RED, ms=4, label="validation")
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in pairwise(losses):
         if before["link"] != after["link"]:
             axes.axvline(before["step"] + 0.5, color=GREY, ls="--", lw=1)
             axes.annotate(
@@ -77,7 +78,7 @@ def draw_scores(folder: Path, metrics: Mapping[str, Mapping[str, float]]) -> Non
         metrics: name -> {accuracy, accuracy_low, accuracy_high}.
     """
     figure, axes = plt.subplots(figsize=(6, 0.6 + 0.35 * len(metrics)))
-    for y, (name, m) in enumerate(metrics.items()):
+    for y, m in enumerate(metrics.values()):
         axes.plot([m["accuracy_low"], m["accuracy_high"]], [y, y], color=GREY, lw=2)
         axes.plot(m["accuracy"], y, "o", color=BLUE)
     axes.set(yticks=range(len(metrics)), yticklabels=list(metrics), xlim=(0, 1), xlabel="accuracy, with its interval")

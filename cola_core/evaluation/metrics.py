@@ -76,7 +76,7 @@ def _accuracy(true: Ints, said: Ints, axis: int = -1) -> Any:
 
 
 def _macro_f1(true: Ints, said: Ints, axis: int = -1) -> Any:
-    """Mean over classes of 2 TP / (2 TP + FP + FN); a class absent from a resample counts as 0 there, as scikit-learn's."""
+    """Mean over classes of 2 TP / (2 TP + FP + FN); a class absent from a resample counts as 0 there."""
     scores = []
     for label in range(int(true.max()) + 1):
         hit = np.sum((true == label) & (said == label), axis=axis)

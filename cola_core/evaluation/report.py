@@ -69,7 +69,8 @@ def _page(metrics: Mapping[str, Any], chain: Sequence[Link], figures: Sequence[s
     drawings = "".join(svg[svg.index("<svg") :] for svg in figures)
     return (
         f"<!doctype html><meta charset=utf-8><title>Chain {chain[-1].hash[:12]}</title><style>{STYLE}</style>"
-        f"<h1>Chain <code>{chain[-1].hash[:12]}</code></h1><p>{len(chain) - 1} links over <code>{html.escape(base['asset'])}</code>"
+        f"<h1>Chain <code>{chain[-1].hash[:12]}</code></h1>"
+        f"<p>{len(chain) - 1} links over <code>{html.escape(base['asset'])}</code>"
         f"<h2>Scores on the test sample</h2><table><tr><th>model<th>accuracy<th>macro-F1<th>n{rows}</table>"
         "<p>Intervals: percentile bootstrap over test rows, one training seed."
         "<h2>Links</h2><table><tr><th>link<th>steps<th>kept<th>tokens<th>trainable parameters<th>change at the knot"
