@@ -289,10 +289,11 @@ def test_the_ui_opens(project: Path, server: str, tmp_path: Path) -> None:
     assert cola(project, server, "run").returncode == 0
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
     flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}"]
-    command = [str(CHROMIUM), *flags, "--virtual-time-budget=20000", "--dump-dom", server.replace("/api", "/runs")]
+    flags += ["--window-size=1500,1300", "--virtual-time-budget=20000", "--dump-dom"]
+    command = [str(CHROMIUM), *flags, server.replace("/api", f"/runs/flow-run/{_last_run(server)['id']}")]
 
     def shown() -> bool:
         page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
         return "cola_gora/r8/seed0" in page
 
-    assert _until(shown, 120)
+    assert _until(shown, 90)
