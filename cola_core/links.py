@@ -69,7 +69,7 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
     objective = open_chain(job.base, job.chain, job.task, job.machine, job.config.base_dropout)  # W^(i-1), frozen
     model, number = objective.model, len(job.chain)
     if job.config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     pairs = initial_pairs(model, job, number)  # a fresh pair on the residual
     layers = attach(model, pairs, job.config.dropout, bias=job.config.bias == "lora")
     offset = sum(link.record["link_section"]["steps"] for link in job.chain[1:])

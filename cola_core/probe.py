@@ -83,7 +83,7 @@ def _prepare(objective: Objective, modules: Modules, config: ProfileConfig) -> N
     """Eval mode; only the probed weights ask for gradients. Checkpointing needs train mode: the base's dropout is 0."""
     objective.requires_grad_(False).eval()
     if config.activation_checkpointing:
-        objective.model.gradient_checkpointing_enable({"use_reentrant": False})
+        objective.model.activation_checkpointing_enable({"use_reentrant": False})
         objective.train()
     for module in modules.values():
         module.weight.requires_grad_(True)  # type: ignore[union-attr, operator]

@@ -147,6 +147,21 @@ def test_law_6_another_clean_clone_gives_the_same_hashes(run: Path, cache: str, 
     assert hashes(other) == hashes(run)
 
 
+def test_law_6_a_prefect_flow_gives_the_same_hashes(run: Path, cache: str, tmp_path: Path) -> None:
+    """`cola run` in a clone of its own, with a temporary server; then its one printed command, `cola adopt`."""
+    folder = project(tmp_path / "flow", cache)
+    quiet = {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+    settings = {k: v for k, v in environment(cache).items() if k != "PREFECT_API_URL"} | quiet
+    command = [sys.executable, "-m", "flows.cli"]
+    done = subprocess.run([*command, "run"], cwd=folder, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (folder / "artifacts").exists(), "a run stays out of the checkout"
+    name = (done.stdout + done.stderr).rsplit("cola adopt ", 1)[1].split()[0].strip("'\")")
+    subprocess.run([*command, "adopt", name], cwd=folder, env=settings, capture_output=True, check=True)
+    assert hashes(folder) == hashes(run)
+    assert (folder / "artifacts/evaluate/metrics.json").is_file()
+
+
 def test_law_7_killed_in_a_link_it_ends_the_same(run: Path, cache: str, tmp_path: Path) -> None:
     folder = project(tmp_path, cache)
     command = [sys.executable, "-m", "dvc", "repro", "link@1"]
