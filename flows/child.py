@@ -14,15 +14,11 @@ from pathlib import Path
 
 from cola_core.errors import RetryError, UserError
 from flows.workspace import Workspace
+from tasks.stage import QUIET
 
 __all__ = ["environment", "quiet", "repro"]
 
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PYTHONUNBUFFERED": "1",
-}
+SILENT = {**QUIET, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PYTHONUNBUFFERED": "1"}
 SHELL = ": failed to run: "  # DVC's word for a command that failed: the stage's own line says more
 ADVICE = ("To track the changes with git", "\tgit add ", "To enable auto staging", "\tdvc config ", "Use `dvc push`")
 FAREWELL = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, None))
@@ -36,7 +32,7 @@ def quiet() -> None:
 def environment(**more: str) -> dict[str, str]:
     """This process's environment, silent, with this interpreter's folder first in PATH: stages say just `python`."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, **QUIET, "PATH": path, **more}
+    return {**SILENT, **os.environ, "PATH": path, **more}
 
 
 def repro(workspace: Workspace, stage: str, tell: Callable[[str], None]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cola_core.config.base import read_yaml
 from cola_core.config.params import Params, check_params
+from flows.child import quiet
 from flows.cost import Cost, Sizes, cost, sizes
 from flows.graph import Fate, plan, stages
 from flows.timing import Timing, alternatives, measure
@@ -55,6 +57,8 @@ def make_plan(root: Path, timed: bool = True) -> Plan:
     params = check_params(read_yaml(root / "params.yaml"))
     size = sizes(root)
     ready = size is not None and "train" in size.tokens
+    quiet()
+    busy = os.getloadavg()[0]
     timings = list(measure(root, params, alternatives(params.machine))) if timed and ready else []
     speed = _speed(params, size, timings[0]) if size and timings else None
     fates = plan(root)
@@ -62,7 +66,7 @@ def make_plan(root: Path, timed: bool = True) -> Plan:
         _line(stage.name, fates[stage.name], cost(stage.task, stage.key, params, size) if size else None, speed)
         for stage in stages(root)
     ]
-    return Plan(lines, list(_unknown(size, timed)), timings)
+    return Plan(lines, list(_unknown(size, busy if timings else 0.0, timed)), timings)
 
 
 def _speed(params: Params, size: Sizes, timing: Timing) -> float:
@@ -77,7 +81,7 @@ def _line(name: str, fate: Fate, found: Cost | None, speed: float | None) -> Lin
     return Line(name, fate, found, found.flops / speed if known else None)  # type: ignore[union-attr, operator]
 
 
-def _unknown(size: Sizes | None, timed: bool) -> Iterator[str]:
+def _unknown(size: Sizes | None, busy: float, timed: bool) -> Iterator[str]:
     if size is None:
         yield "parameters, memory and FLOPs: known after `dvc repro fetch`, which brings the base model's shapes"
     if timed and (size is None or "train" not in size.tokens):
@@ -85,3 +89,5 @@ def _unknown(size: Sizes | None, timed: bool) -> Iterator[str]:
     if size is not None:
         yield "memory is weights, gradients and optimizer state; activations come on top"
         yield "times hold for the arithmetic alone: loading, reading and writing come on top"
+    if busy > (os.cpu_count() or 1) / 2:
+        yield f"other work kept {busy:.1f} of {os.cpu_count()} cores busy: times measured now are too long"
