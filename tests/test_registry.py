@@ -343,7 +343,7 @@ def test_the_card_is_deterministic_and_has_a_front_the_hub_reads(checkout: Path)
     assert text == card(context)
     front = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
     assert (front["library_name"], front["pipeline_tag"]) == ("peft", "text-classification")
-    for told in ("0.800 [0.700, 0.900]", "majority class", "first 1 link", "q_proj", "`tiny:llama`", "base store"):
+    for told in ("0.800 [0.700, 0.900]", "majority class", "link 1", "q_proj", "`tiny:llama`", "base store"):
         assert told in text
     assert str(checkout) not in text
 

@@ -91,7 +91,9 @@ def test_bf16_keeps_fp32_masters_and_records_its_error(family: str, tmp_path: Pa
 
 def test_a_diverging_link_says_where_and_what_to_try(tmp_path: Path) -> None:
     job = job_of("llama", root_of("llama", tmp_path), FP32, learning_rate=1e30, clip=None, warmup=0.0)
-    with pytest.raises(UserError, match=r"link 1, step \d+: .* is not finite at link.learning_rate 1e\+30; try a tenth"):
+    with pytest.raises(
+        UserError, match=r"link 1, step \d+: .* is not finite at link.learning_rate 1e\+30; try a tenth"
+    ):
         run_link(job)
 
 
