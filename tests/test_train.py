@@ -1,4 +1,4 @@
-"""The training loop: accumulation, checkpointing, best and early stopping, precision, failures; and verifying a chain."""
+"""The training loop: accumulation, checkpointing, best and early stopping, precision, failures; verifying a chain."""
 
 from __future__ import annotations
 
