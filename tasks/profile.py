@@ -31,7 +31,8 @@ def main(context: Context) -> Done:
             from safetensors.torch import save_file
 
             save_file(sketches, folder / "sketch.safetensors", metadata={"format": "pt"})
-    return Done(_metrics(found), inputs=[_parent(context)], outputs=[link_dir(context.key, "profile")])
+    out = link_dir(context.key, "profile")
+    return Done(_metrics(found), [_parent(context)], [out], [out / "profile.json"])
 
 
 def _probe(context: Context, config: Any, found: dict[str, Any]) -> dict[str, Any]:
