@@ -113,12 +113,15 @@ def open_store() -> Iterator[Store]:
     uri = tracking_uri()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient, set_registry_uri, set_tracking_uri
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     for logger in ("mlflow", "alembic", "urllib3"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+    # The client resolves `models:/m-...` through the process's own address, which else is a file in the workspace.
+    set_tracking_uri(uri)
+    set_registry_uri(uri)
     try:
         with locked("store"):  # two processes that both make the tables of a new database get in each other's way
             store = Store(MlflowClient(uri, uri), uri)
