@@ -31,7 +31,8 @@ run: setup
 	@$(BIN)/python -m tasks.show
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/test_flow.py $(TESTS)
+	$(BIN)/python -m pytest tests/test_flow.py     # a server, schedules and a browser: alone, so that nothing times out
 
 lint: setup
 	$(BIN)/ruff check .
