@@ -110,12 +110,14 @@ def _upload(store: Store, release: Release, model_id: str) -> None:
     from mlflow import pyfunc
     from mlflow.models import Model
 
+    from tasks import served_model  # MLflow takes its path; the import makes it a dependency of the stage
+
     with tempfile.TemporaryDirectory() as folder:
         chain, model = Path(folder) / "chain", Path(folder) / "model"
         pack(release, chain)
         pyfunc.save_model(
             model,
-            python_model=str(Path(__file__).with_name("served_model.py")),
+            python_model=served_model.__file__,
             artifacts={"chain": str(chain)},
             code_paths=[str(Path(cola_core.__file__).parent)],
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in REQUIREMENTS],

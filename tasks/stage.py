@@ -179,8 +179,3 @@ def _complain(stage: str, line: str, code: int) -> int:
     if note := os.environ.get("COLA_FAILURE"):
         write_json(Path(note), {"code": code, "line": told})
     return code
-
-
-def load_record(path: Path) -> dict[str, Any]:
-    """One record that `record` left."""
-    return dict(read_json(path))

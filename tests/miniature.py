@@ -109,13 +109,13 @@ def make(folder: Path) -> Path:
     root = folder / "project"
     (folder / "weather").mkdir(parents=True)
     for name in ("conf", "cola_core", "tasks"):
-        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "sync.py"))
+        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore"):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, root / name)
     (root / "params.yaml").write_bytes(git(REPOSITORY, "show", "HEAD:params.yaml"))
     (root / "dvc.yaml").write_text(DVC)
-    (root / ".gitignore").write_text("/.cola/\n/artifacts/\n__pycache__/\nsecret*\n")
+    (root / ".gitignore").write_text((REPOSITORY / ".gitignore").read_text() + "secret*\n")
     for name, body in BODIES.items():
         text = TASK.format(name=name, body=body.strip(), retries=2 if name == "fetch" else 0, pixel=PIXEL)
         (root / "tasks" / f"{name}.py").write_text(text)

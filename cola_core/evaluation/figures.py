@@ -33,9 +33,8 @@ def draw_losses(folder: Path, losses: Sequence[Mapping[str, Any]]) -> None:
     for before, after in pairwise(losses):
         if before["link"] != after["link"]:
             axes.axvline(before["step"] + 0.5, color=GREY, ls="--", lw=1)
-            axes.annotate(
-                f"knot {before['link']}", (before["step"] + 0.5, 1), xycoords=("data", "axes fraction"), color=GREY
-            )
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (3, -10), "textcoords": "offset points"}
+            axes.annotate(f"knot {before['link']}", (before["step"] + 0.5, 1), color=GREY, **place)
     axes.set(xlabel="optimizer step", ylabel="loss", ylim=(0, None))
     axes.legend(frameon=False)
     _save(figure, folder / "losses")
