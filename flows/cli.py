@@ -123,10 +123,11 @@ def sync() -> None:
 def clean(
     everything: Annotated[bool, typer.Option("--all", help="Interrupted runs too, whatever their age.")] = False,
 ) -> None:
-    """Remove finished and abandoned workspaces, stale resume state and temporaries."""
+    """Post what is left to post, then remove finished and abandoned workspaces, stale resume state and temporaries."""
     from flows.clean import clean as remove
     from flows.snapshot import checkout
 
+    sync()  # a workspace takes the files of its records along
     gone = remove(checkout(), everything)
     for path in gone:
         print(f"removed {path}")
