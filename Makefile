@@ -31,8 +31,7 @@ run: setup
 	@$(BIN)/python -m tasks.show
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/test_flow.py $(TESTS)
-	$(BIN)/python -m pytest tests/test_flow.py     # a server, schedules and a browser: alone, so that nothing times out
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .
