@@ -44,15 +44,11 @@ class Link:
 
     def head(self) -> dict[str, Tensor]:
         """An encoder's head after this link, empty for language models."""
+        if self.number > 0:
+            return self.adapter().head
         path = self.folder / "head.safetensors"
         try:
-            return (
-                load_file(path)
-                if self.number == 0 and path.exists()
-                else {}
-                if self.number == 0
-                else self.adapter().head
-            )
+            return load_file(path) if path.exists() else {}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
 

@@ -25,10 +25,10 @@ def flat_adapter(chain: Sequence[Link]) -> Adapter:
     Raises:
         UserError: a link trained biases, which PEFT's readers do not agree on.
     """
-    last = chain[-1].adapter()
-    pairs = {name: _concatenate(parts) for name, parts in pairs_by_module(chain).items()}
-    if any(pair.bias is not None for parts in pairs_by_module(chain).values() for pair in parts):
+    last, merged = chain[-1].adapter(), pairs_by_module(chain)
+    if any(pair.bias is not None for parts in merged.values() for pair in parts):
         raise UserError("merge.flat_adapter: links trained with link.bias=lora export as a merged checkpoint only")
+    pairs = {name: _concatenate(parts) for name, parts in merged.items()}
     alpha = {name: float(pair.rank) for name, pair in pairs.items()}
     return Adapter(pairs, last.base, last.kind, alpha, False, last.transposed, last.head)
 

@@ -17,7 +17,7 @@ def frank_wolfe_gap(gradient: Tensor, pairs: Sequence[Pair], radius: float) -> d
     """max over V in K of <G, W - V>, with K the nuclear-norm ball of `radius` about the root weights W_0.
 
     The oracle is V = W_0 - radius u_1 v_1^T, so the gap is <G, W - W_0> + radius ||G||_2 (COLA, section 4; the ball is
-    our choice, METHODS 1.6). It is zero only at a stationary point of K, and means nothing once W has left K.
+    our choice). It is zero only at a stationary point of K, and means nothing once W has left K.
 
     Args:
         gradient: G, out x in.

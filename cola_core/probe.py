@@ -185,7 +185,7 @@ def _settled(before: Mapping[str, float], now: Mapping[str, float], tolerance: f
 def _on_gradient(modules: Modules, receive: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Hand every weight's finished gradient, as out x in, to `receive` once per backward, and free it.
 
-    The official code's tensor hook fires before its own gradient is stored and loses one (METHODS 2.4);
+    A tensor hook, as in the code GoRA's authors released, fires before its own gradient is stored and loses one;
     `register_post_accumulate_grad_hook` fires after.
     """
 

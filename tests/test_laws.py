@@ -1,4 +1,4 @@
-"""DESIGN section 5: the laws of the chain, on a tiny model of every family."""
+"""The laws of the chain, on a tiny model of every family."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_law_10_holds_for_every_shape_and_scale(
 
 
 def test_gora_step_has_the_norm_of_gamma_for_gaussian_gradients() -> None:
-    """METHODS 6.2: ||s B A|| / ||G|| = gamma within 3 %, cos(B A, -G) = sqrt(r / in), for every rank."""
+    """GoRA's own account: ||s B A|| / ||G|| = gamma within 3 %, cos(B A, -G) = sqrt(r / in), for every rank."""
     gradient = torch.randn(256, 512, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     sketch = gradient @ draw_a(0, 1, "m", 64, 512).T
     for rank in (4, 16, 64):

@@ -36,8 +36,8 @@ class Allocation:
 
 Allocator = Callable[[Shapes, Mapping[str, float], AllocateConfig], dict[str, float]]
 
-# How a module's size enters GoRA's budget. The paper takes sqrt(in + out) and rounds; the released code takes in + out
-# and divides the rounded share by it with floor (METHODS 2.4).
+# How a module's size enters GoRA's budget. The paper takes sqrt(in + out) and rounds; the code its authors
+# released takes in + out and divides the rounded share by it with floor.
 FEATURES: dict[str, tuple[Callable[[int], float], Callable[[float, float], float]]] = {
     "sqrt": (math.sqrt, lambda share, size: round(share / size)),
     "linear": (float, lambda share, size: round(share) // size),
