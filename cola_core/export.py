@@ -16,6 +16,8 @@ from cola_core.errors import UserError
 
 __all__ = ["chain_manifest", "flat_adapter", "portable_adapter", "write_flat"]
 
+COPIED = ("steps", "kept_step", "tokens", "probe_tokens", "trainable_parameters", "validation_loss")
+
 
 def flat_adapter(chain: Sequence[Link]) -> Adapter:
     """All links as one adapter against the root base: concatenated along rank, each scale folded into B.
@@ -80,9 +82,7 @@ def _entry(link: Link, errors: dict[str, float]) -> dict[str, Any]:
         "ranks": {name: pair.rank for name, pair in pairs.items()},
         "scale": {name: pair.scale for name, pair in pairs.items()},
         "merge_error_max": max(errors.values()),
-        **{
-            key: link.record[key] for key in ("steps", "kept_step", "tokens", "trainable_parameters", "validation_loss")
-        },
+        **{key: link.record[key] for key in COPIED},
     }
 
 

@@ -37,7 +37,7 @@ def frank_wolfe_gap(gradient: Tensor, pairs: Sequence[Pair], radius: float) -> d
 
 def _spectral_norm(matrix: Tensor) -> float:
     """Largest singular value, from the smaller Gram matrix in float64: several times faster than an SVD."""
-    wide = matrix.double()
+    wide = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()  # MPS has no float64
     gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
     return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cola_core.batches import Row
 from cola_core.config.task import HeadConfig
+from cola_core.errors import UserError
 from cola_core.models import head_parameters
 from cola_core.scoring import Objective, batches_of
 
@@ -28,14 +29,18 @@ def fit_head(objective: Objective, rows: Sequence[Row], config: HeadConfig) -> t
 
     Returns:
         the head's parameters by name, and a record of the fit.
+
+    Raises:
+        UserError: all rows are of one class.
     """
+    _refuse_one_class(objective.task.labels, rows)
     last = _last_linear(objective)
     features, labels = _features(objective, last, rows)
     fit = LogisticRegression(C=config.inverse_regularisation, max_iter=config.max_iterations, tol=1e-6)
     fit.fit(features.numpy(), labels.numpy())
     weight, bias = torch.zeros_like(last.weight), torch.full_like(last.bias, -10.0)
     for row, label in enumerate(fit.classes_ if len(fit.classes_) > 2 else fit.classes_[1:]):
-        weight[label] = torch.from_numpy(fit.coef_[row]).to(weight)
+        weight[label] = torch.from_numpy(fit.coef_[row]).to(weight.dtype).to(weight.device)
         bias[label] = float(fit.intercept_[row])
     if len(fit.classes_) <= 2:
         bias[fit.classes_[0]] = 0.0  # two classes: scikit-learn gives the second one's odds alone
@@ -45,6 +50,15 @@ def fit_head(objective: Objective, rows: Sequence[Row], config: HeadConfig) -> t
     head = {name: p.detach().clone() for name, p in head_parameters(objective.model).items()}
     accuracy = float(fit.score(features.numpy(), labels.numpy()))
     return head, {"rows": len(rows), "train_accuracy": accuracy, "iterations": int(max(fit.n_iter_))}
+
+
+def _refuse_one_class(labels: Sequence[str], rows: Sequence[Row]) -> None:
+    found = {row.label for row in rows}
+    if len(found) == 1:
+        raise UserError(
+            f"prepare.train: all training rows ({len(rows)}) are of class {labels[found.pop()]!r}; "
+            "a head needs rows of at least two classes"
+        )
 
 
 def _last_linear(objective: Objective) -> nn.Linear:
@@ -57,7 +71,7 @@ def _last_linear(objective: Objective) -> nn.Linear:
 def _features(objective: Objective, last: nn.Linear, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """What the last linear map is given: n x features, float64, with the labels, in row order."""
     caught: list[Tensor] = []
-    handle = last.register_forward_pre_hook(lambda _, args: caught.append(args[0].double().cpu()))
+    handle = last.register_forward_pre_hook(lambda _, args: caught.append(args[0].cpu().double()))
     order = list(batches_of(rows, BATCH))
     try:
         with torch.no_grad():

@@ -40,7 +40,7 @@ class LinkJob:
     """Everything that decides one link.
 
     chain: the root and all earlier links; ranks: module -> r; sketches: module -> S of this link's own probe, or empty;
-    checkpoint: where the resume state is kept, None for nowhere.
+    checkpoint: where the resume state is kept, None for nowhere; probe_tokens: what this link's own probe has cost.
     """
 
     base: Path
@@ -55,6 +55,7 @@ class LinkJob:
     train: Sequence[Row]
     validation: Sequence[Row]
     checkpoint: Path | None = None
+    probe_tokens: int = 0
 
 
 def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter, dict[str, Any], Progress]:
@@ -113,7 +114,7 @@ def sample_scores(objective: Objective, rows: Sequence[Row]) -> Tensor:
     """Candidate scores of a few rows in float64: what a knot must not change."""
     objective.eval()
     with torch.no_grad():
-        return objective.scores(objective.scoring_batch(rows)).double().cpu()
+        return objective.scores(objective.scoring_batch(rows)).cpu().double()  # MPS has no float64
 
 
 def _check_knot(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[Row]) -> dict[str, Any]:
@@ -180,6 +181,7 @@ def _record(job: LinkJob, adapter: Adapter, progress: Progress, knot: dict[str, 
         "kept_step": progress.best_step if best else progress.step,
         "validation_loss": progress.best_loss if best else progress.losses[-1]["validation"],
         "tokens": progress.tokens,
+        "probe_tokens": job.probe_tokens,
         "ranks": {name: pair.rank for name, pair in adapter.pairs.items()},
         "trainable_parameters": sum(p.a.numel() + p.b.numel() for p in adapter.pairs.values()),
         "knot": knot,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from cola_core.config.recipe import MachineConfig
 from cola_core.errors import UserError
 from cola_core.files import read_json, tree_hash
 
-__all__ = ["adaptable", "base_manifest", "head_parameters", "load_base", "module_shapes", "place", "weight_shape"]
+__all__ = [
+    "adaptable",
+    "base_manifest",
+    "head_parameters",
+    "load_base",
+    "module_shapes",
+    "place",
+    "save_merged",
+    "weight_shape",
+]
 
 CLASSES = {
     "causal": "AutoModelForCausalLM",
@@ -59,9 +69,40 @@ def load_base(path: Path, machine: MachineConfig, labels: int = 0, dropout: floa
 
 
 def place(model: PreTrainedModel, machine: MachineConfig) -> PreTrainedModel:
-    """Cast once to the compute dtype of the base store and move to the device."""
-    model.to(device=machine.device, dtype=BASES[machine.dtype].compute)  # type: ignore[call-arg]
+    """Cast once to the compute dtype of the base store and move to the device; a head, which trains, stays wide.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if machine.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "machine.device: cuda: torch sees no such device here; use machine=cpu, or a CUDA build of torch"
+        )
+    store = BASES[machine.dtype]
+    head = {name.rpartition(".")[0] for name in head_parameters(model)}
+    model.to(device=machine.device, dtype=store.compute)  # type: ignore[call-arg]
+    if store.adapter != store.compute:
+        for name in head:
+            module = model.get_submodule(name).to(store.adapter)
+            module.register_forward_pre_hook(lambda _, inputs: tuple(x.to(store.adapter) for x in inputs))
     return model
+
+
+def save_merged(
+    model: PreTrainedModel, machine: MachineConfig, base: Path, labels: Sequence[str], folder: Path
+) -> None:
+    """Write a merged model for `from_pretrained`: cast once, with the base's own settings and an encoder's label names.
+
+    `load_base` has changed settings for training, such as every dropout; they are no part of the result.
+    """
+    config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
+    if base_manifest(base)["kind"] == "encoder":
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+    model.config = config
+    model.config._name_or_path = ""
+    model.to(dtype=BASES[machine.dtype].compute)  # type: ignore[call-arg]
+    model.save_pretrained(folder)
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:

@@ -122,7 +122,9 @@ def _step(
         # DDP averages gradients over processes; units are already summed over them.
         accelerator.backward(loss * accelerator.num_processes / units)
         total += loss.detach().double().cpu()
-    mean = float(accelerator.reduce(total.to(accelerator.device), "sum")) / units
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total.to(accelerator.device), "sum")
+    mean = float(total) / units
     _check_finite(mean, named, course, step)
     if config.clip is not None:
         accelerator.clip_grad_norm_(list(named.values()), config.clip)

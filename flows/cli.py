@@ -80,11 +80,14 @@ def ui() -> None:
 def inspect(
     path: Annotated[Path, typer.Argument(help="A data file, or a folder that stage prepare wrote.")],
     rows: Annotated[int, typer.Option(help="Samples to show.", min=0)] = 3,
+    task: Annotated[str | None, typer.Option(help="Task, from conf/task.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, from conf/model.", show_default=False)] = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Show rendered samples with what the loss sees, truncations and label balance, by params.yaml's template."""
+    """Show rendered samples with what the loss sees, truncations and label balance; without options, by params.yaml."""
     from flows.looks import inspect_path
 
-    for line in inspect_path(path, rows):
+    for line in inspect_path(path, rows, {"task": task, "model": model}, overrides or []):
         print(line)
 
 

@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cola_core.config.base import read_yaml
-from cola_core.config.params import check_params
+from cola_core.config.base import load_yaml, read_yaml
+from cola_core.config.params import Params, check_params
 from cola_core.errors import UserError, suggest
 
 __all__ = ["choices", "compose", "edits"]
@@ -48,10 +46,10 @@ def compose(root: Path, picks: Mapping[str, str | None], overrides: Sequence[str
             f"undo them and add: {_arguments(lost)}"
         )
     text = _composed(root, chosen, rest) if chosen else _laid_over(root, rest)
-    params = yaml.safe_load(text)
+    params = load_yaml(text)
     if open_keys := list(_open_keys("", params)):
         raise UserError(f"{', '.join(open_keys)}: left to you; add -S {open_keys[0]}=...")
-    check_params(params)
+    _refuse_idle(check_params(params), rest)
     return text
 
 
@@ -62,7 +60,7 @@ def edits(root: Path, current: dict[str, Any]) -> list[str]:
         for group, name in (("method", current.get("recipe")), ("task", current.get("task")))
         if name in choices(root, group)
     }
-    return list(_difference("", yaml.safe_load(_composed(root, origin, [])), current))
+    return list(_difference("", load_yaml(_composed(root, origin, [])), current))
 
 
 def _picks(root: Path, picks: Mapping[str, str | None], overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -72,7 +70,7 @@ def _picks(root: Path, picks: Mapping[str, str | None], overrides: Sequence[str]
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals and not override.startswith("~"):
-            raise UserError(f"override {override!r}: expected key=value, such as link.steps=20")
+            raise UserError(f"override {override!r}: expected key=value, such as link.learning_rate=1e-4")
         if key in GROUPS:
             chosen[key] = value
         else:
@@ -81,6 +79,16 @@ def _picks(root: Path, picks: Mapping[str, str | None], overrides: Sequence[str]
         if name not in (allowed := choices(root, group)):
             raise UserError(f"{group}: conf/{group} has no {name!r}{suggest(name, allowed)}")
     return chosen, rest
+
+
+def _refuse_idle(params: Params, overrides: Sequence[str]) -> None:
+    """Refuse steps for all links where every link has its own, as those of conf/chain do: nothing would change."""
+    given = any(override.partition("=")[0].lstrip("+") == "link.steps" for override in overrides)
+    if given and all("steps" in item.link for item in params.chain.values()):
+        raise UserError(
+            "override link.steps: changes nothing, since every link of the chain sets its own; set schedule.horizon, "
+            f"which conf/chain deals out to the links: -S chain=m{params.final} -S schedule.horizon=..."
+        )
 
 
 def _composed(root: Path, chosen: Mapping[str, str], overrides: Sequence[str]) -> str:

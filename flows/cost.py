@@ -64,7 +64,7 @@ def sizes(root: Path) -> Sizes | None:
     candidates = read_json(prepared / "task.json")["candidates"] if counted else []
     return Sizes(
         shapes,
-        _weights(model / "model.safetensors"),
+        _weights(model),
         {name: tokens for name, (_, tokens) in counted.items()},
         {name: rows for name, (rows, _) in counted.items()},
         sum(map(len, candidates)),
@@ -153,8 +153,12 @@ def _base(params: Params, size: Sizes) -> int:
     return size.weights * BYTES[params.machine.dtype]
 
 
-def _weights(path: Path) -> int:
-    """Parameters in a safetensors file, from its header."""
+def _weights(model: Path) -> int:
+    """Parameters in a model's safetensors files, from their headers; a large model comes in several."""
+    return sum(map(_parameters, model.glob("*.safetensors")))
+
+
+def _parameters(path: Path) -> int:
     with path.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

@@ -2,36 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cola_core.config.base import read_yaml
+from cola_core.config.base import load_yaml, read_yaml
 from cola_core.config.params import check_params
+from cola_core.config.task import PrepareConfig
 from cola_core.errors import UserError
+from cola_core.files import read_json
 from flows.child import quiet
+from flows.compose import compose
 
 __all__ = ["inspect_path", "verify_final"]
 
+MODEL = Path("artifacts/fetch/model")
 
-def inspect_path(path: Path, rows: int) -> Iterator[str]:
-    """Lines about a data file through params.yaml's template, or about a folder that stage `prepare` wrote.
+
+def inspect_path(path: Path, rows: int, picks: Mapping[str, str | None], overrides: Sequence[str]) -> Iterator[str]:
+    """Lines about a data file through the parameters' template, or about a folder that stage `prepare` wrote.
+
+    Args:
+        rows: samples to show.
+        picks, overrides: what changes params.yaml for this look, as in `flows.compose.compose`; the file inspected
+            needs no other data file beside it.
 
     Raises:
-        UserError: no such path, no fetched model to tokenise with, or whatever `prepare` would refuse in the file.
+        UserError: no such path, a wrong choice or parameter, or whatever `prepare` would refuse in the file.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    params = check_params(read_yaml(Path("params.yaml")))
-    model = Path("artifacts/fetch/model")
-    if not (model / "cola.json").is_file():
-        raise UserError(f"{model}: not there, and its tokenizer is needed; run `dvc repro fetch`")
+    changes = [*overrides, "fetch.data.train.asset=path:inspected"] if overrides or any(picks.values()) else []
+    params = check_params(load_yaml(compose(Path(), picks, changes)))
+    if missing := _no_tokenizer(params.fetch.model.asset):
+        yield from _texts(path, params.prepare, rows)
+        yield missing
+        return
     quiet()
     from transformers import AutoTokenizer
 
     from cola_core.data.inspection import inspect_file
 
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
     yield from inspect_file(path, params.prepare, tokenizer, rows, params.fetch.model.kind).lines()
+
+
+def _no_tokenizer(asset: str) -> str | None:
+    """Why no tokens can be counted as the model `asset` would, if so."""
+    if not (MODEL / "cola.json").is_file():
+        return f"no tokens counted: {MODEL} is not there; token counts and truncations need `dvc repro fetch`"
+    if (found := read_json(MODEL / "cola.json").get("asset")) != asset:
+        return f"no tokens counted: {MODEL} holds {found}, not {asset}; with that in params.yaml, `dvc repro fetch`"
+    return None
+
+
+def _texts(path: Path, config: PrepareConfig, rows: int) -> Iterator[str]:
+    """What can be told without a tokenizer: label balance and whole rendered rows, or a prepared folder's counts."""
+    from cola_core.data.examples import label_counts, read_examples
+    from cola_core.data.inspection import CLOSE, OPEN, Report
+
+    if path.is_dir():
+        manifest = read_json(path / "manifest.json")
+        yield from Report(str(path), manifest["splits"], manifest["duplicates"], []).lines()
+        return
+    examples = read_examples(path, config)
+    yield from (str(path), f"  {path.stem}: {len(examples)} rows")
+    if counts := label_counts((example.reference for example in examples), config):
+        yield "    labels: " + ", ".join(f"{k} {n} ({100 * n / len(examples):.1f} %)" for k, n in counts.items())
+    for example in examples[:rows]:
+        answer = config.answers[example.reference] if config.kind == "choice" else example.reference
+        marked = f"{OPEN}{answer}{CLOSE}" if config.kind != "classify" else ""
+        yield from ("", f"{example.id} (label or reference: {example.reference.strip()!r})")
+        yield from f"{example.prompt}{marked}".split("\n")
 
 
 def verify_final() -> Iterator[str]:
@@ -47,6 +88,6 @@ def verify_final() -> Iterator[str]:
     quiet()
     from cola_core.verify import verify_chain
 
-    for verdict in verify_chain(last, Path("artifacts/fetch/model"), Path("artifacts/prepare"), params.machine):
+    for verdict in verify_chain(last, MODEL, Path("artifacts/prepare"), params.machine):
         yield f"links 1..{verdict.link}: {verdict.hash[:12]}, scores moved by {verdict.change:.1e}"
     yield "the chain is what it was"

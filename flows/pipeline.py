@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import prefect
-import yaml
 from prefect import Task, get_run_logger, runtime
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.states import Completed, Failed
 from pydantic import WithJsonSchema
 
+from cola_core.config.base import load_yaml
 from cola_core.errors import RetryError, UserError
 from flows.about import about
 from flows.artifacts import show
@@ -79,7 +79,7 @@ def cola_pipeline(
 
 def _run(root: Path, tree: str, text: str) -> State:
     """Wait for a place, open the workspace, do the stages, hand the records on."""
-    params = yaml.safe_load(text)
+    params = load_yaml(text)
     title = f"{params['recipe']}/{params['task']}/seed{params['seed']}"
     with get_client(sync_client=True) as client:
         client.update_flow_run(runtime.flow_run.id, name=title)

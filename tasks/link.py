@@ -34,7 +34,7 @@ def main(context: Context) -> Done:
 
         adapter, record, result = run_link(job(folder / "state.safetensors"), report)
         write_link(out, adapter, record, {"losses.csv": _csv(result.losses)})
-    names = ("steps", "kept_step", "validation_loss", "tokens", "trainable_parameters")
+    names = ("steps", "kept_step", "validation_loss", "tokens", "probe_tokens", "trainable_parameters")
     knot = {f"knot_{name}": record["knot"][name] for name in ("score_change", "merge_error_max")}
     metrics = {**{name: float(record[name]) for name in names}, **knot}
     series = {name: [[e["step"], e[name]] for e in result.losses if e[name] is not None] for name in CURVES}
@@ -78,7 +78,16 @@ def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]
         _sketches(inputs["profile"]) if config.initialiser == "gora" else {},
         read_rows(inputs["train"]),
         read_rows(inputs["validation"]),
+        probe_tokens=_probe_tokens(context, inputs["profile"]),
     )
+
+
+def _probe_tokens(context: Context, profile: Path) -> int:
+    """What this link's own probe has cost; one that an earlier link took was charged there (law 9)."""
+    from cola_core.files import read_json
+
+    own = context.raw["chain"][context.key]["profile_from"] == context.key
+    return int(read_json(profile / "profile.json").get("tokens", 0)) if own else 0
 
 
 def _sketches(profile: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.places import ARTIFACTS, link_dir
+from tasks.resume import forget_finished
 from tasks.stage import Context, Done, run
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from cola_core.config.recipe import MachineConfig
 
 RETRIES = 0
-BASE = ARTIFACTS / "fetch/model"
+BASE, TASK = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare/task.json"
 
 
 def main(context: Context) -> Done:
@@ -27,6 +28,7 @@ def main(context: Context) -> Done:
 
     config, machine = context.section(MergeConfig, "merge"), context.section(MachineConfig, "machine")
     last = link_dir(context.value("final"))
+    forget_finished()
     chain = read_chain(last)
     with new_dir(ARTIFACTS / "merge") as folder:
         errors = _merge(chain, machine, folder / "checkpoint" if config.checkpoint else None)
@@ -45,17 +47,18 @@ def main(context: Context) -> Done:
 
 def _merge(chain: list[Link], machine: MachineConfig, checkpoint: Path | None) -> dict[int, dict[str, float]]:
     """Merge in the master dtype, cast once, and save what `from_pretrained` loads; returns the errors per link."""
+    from cola_core.assets.saving import drop_noise
+    from cola_core.batches import Task
     from cola_core.chain import tie
-    from cola_core.models import load_base, place
+    from cola_core.models import load_base, save_merged
 
-    model = load_base(BASE, machine, chain[0].record["labels"])
+    labels = Task.read(TASK).labels
+    model = load_base(BASE, machine, len(labels))
     errors = dict(tie(model, chain))
     if checkpoint:
-        checkpoint.mkdir()
-        model = place(model, machine).cpu()
-        model.config._name_or_path = ""
-        model.save_pretrained(checkpoint)
+        save_merged(model, machine, BASE, labels, checkpoint)
         _copy_tokenizer(checkpoint)
+        drop_noise(checkpoint)
     return errors
 
 

@@ -1,4 +1,4 @@
-"""One version in MLflow's registry per chain hash, made so that every step may be repeated."""
+"""One version in MLflow's registry per chain and form, made so that every step may be repeated."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def publish(store: Store, release: Release, card: str) -> str:
         UserError: the artifacts hold another chain than the release.
     """
     version = _find(store, release) or _new_version(store, release, card)
+    for key, value in _tags(release).items():  # the scores of the evaluation that stands now
+        store.client.set_model_version_tag(release.name, version, key, value)
     store.client.set_registered_model_alias(release.name, ALIAS, version)
     return version
 
@@ -59,8 +61,8 @@ def restore(store: Store) -> None:
 
 
 def _find(store: Store, release: Release) -> str | None:
-    """The version that has this chain's hash and all its files."""
-    same = f"name = '{release.name}' and tags.`cola.chain` = '{release.chain}'"
+    """The version that serves this chain in this form, and has all its files."""
+    same = f"name = '{release.name}' and tags.`cola.served` = '{release.served}'"
     for version in store.client.search_model_versions(same):
         if _has_files(store, str(version.source).rpartition("/")[2]):
             return str(version.version)
@@ -93,7 +95,7 @@ def _new_version(store: Store, release: Release, card: str) -> str:
 def _logged_model(store: Store, release: Release) -> str:
     """The chain's model with its files; one that an earlier call left unfinished is finished."""
     experiment = store.experiment(release.name)
-    same = f"tags.`cola.chain` = '{release.chain}'"
+    same = f"tags.`cola.served` = '{release.served}'"
     found = store.client.search_logged_models([experiment], same, max_results=1)
     run_id = store.run_that_made(release.name, ARTIFACTS / "evaluate", identity(ARTIFACTS / "evaluate"))
     model = found[0] if found else store.client.create_logged_model(experiment, release.name, run_id, _tags(release))
@@ -144,5 +146,6 @@ def _schema(release: Release) -> dict[str, Any]:
 
 def _tags(release: Release) -> dict[str, str]:
     values = {"recipe": release.recipe, "task": release.task, "seed": release.seed, "chain": release.chain}
+    values["served"] = release.served
     scores = {name: f"{value:.6g}" for name, value in release.scores.items()}
     return {f"cola.{name}": str(value) for name, value in {**values, **scores}.items()}

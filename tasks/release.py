@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from cola_core.assets.base import keep_base
 from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
@@ -20,6 +24,7 @@ from tasks.stage import Context
 __all__ = ["Release", "card", "gather", "pack", "read_release"]
 
 FOLDER = ARTIFACTS / "register"
+TRAINED: dict[str, type[BaseModel]] = {"link": LinkConfig, "schedule": ScheduleConfig, "machine": MachineConfig}
 SCORES = ("n", "accuracy", "macro_f1")
 
 
@@ -38,6 +43,12 @@ class Release:
     merged: bool
     serve: dict[str, Any]
     scores: dict[str, float]
+
+    @property
+    def served(self) -> str:
+        """What a version is known by: a hash of the chain, its form and how it is asked."""
+        content = json.dumps([self.chain, self.merged, self.serve], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def gather(context: Context) -> Release:
@@ -63,9 +74,14 @@ def gather(context: Context) -> Release:
 
 
 def card(context: Context) -> str:
-    """The model card of the chain that stands in the artifacts."""
+    """The model card of the chain that stands in the artifacts.
+
+    Raises:
+        UserError: params.yaml has changed since the chain was trained, so the card would tell of another one.
+    """
     chain, fetch = read_json(ARTIFACTS / "merge/chain.json"), context.section(FetchConfig, "fetch")
     links = [str(link["link"]) for link in chain["links"]]
+    _check_unchanged(context, links)
     data = {"train": fetch.data.train.asset, **({"test": fetch.data.test.asset} if fetch.data.test else {})}
     return render_card(
         Facts(
@@ -119,6 +135,19 @@ def registration(release: Release, version: str, alias: str, store: str) -> dict
     """The content of registration.json."""
     top = {"name": release.name, "version": version, "chain": release.chain, "alias": alias, "store": store}
     return {**top, "release": asdict(release)}
+
+
+def _check_unchanged(context: Context, links: list[str]) -> None:
+    if links != list(context.raw["chain"]):
+        raise UserError(
+            f"params.yaml: chain: has other links than the trained chain ({', '.join(links)}); run `dvc repro`"
+        )
+    for key in links:
+        record = read_json(link_dir(key) / "link.json")
+        for name, model in TRAINED.items():
+            now = context.section(model, name, key if name == "link" else None).model_dump()
+            if now != record[f"{name}_section"]:
+                raise UserError(f"params.yaml: {name}: is not what link {key} was trained with; run `dvc repro`")
 
 
 def _axes(context: Context, links: list[str]) -> dict[str, list[str]]:

@@ -7,24 +7,26 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from cola_core.errors import RetryError
 from cola_core.files import tree_hash
 from tasks.places import home
 from tasks.stage import Context, identity
 
-__all__ = ["resume_folder"]
+__all__ = ["forget_finished", "resume_folder"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
 def resume_folder(context: Context, inputs: Sequence[Path]) -> Iterator[Path]:
-    """Yield `.cola/resume/<hash of stage, parameters, inputs, code>`; kept when the block fails, else removed.
+    """Yield `.cola/resume/<hash of stage, parameters, inputs, code>`, and say `done` in it once the block ends well.
 
-    It cannot lie among the outs: DVC deletes those before a stage runs. The caller has read its parameters by then.
+    It cannot lie among the outs: DVC deletes those before a stage runs. It stays until a later stage starts, since DVC
+    has the out only by then. The caller has read its parameters already.
 
     Raises:
         RetryError: another process is at the same work.
@@ -32,12 +34,28 @@ def resume_folder(context: Context, inputs: Sequence[Path]) -> Iterator[Path]:
     folder = home() / "resume" / _key(context, inputs)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RetryError(f"{context.stage}: another process is at the same work; wait for it") from None
+        if not _held(lock):
+            raise RetryError(f"{context.stage}: another process is at the same work; wait for it")
+        forget_finished()
         yield folder
-        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "done").touch()
+
+
+def forget_finished() -> None:
+    """Remove the resume state of stages that ended well, as a stage after them does when it starts."""
+    for note in sorted((home() / "resume").glob("*/done")):
+        with suppress(FileNotFoundError), (note.parent / "lock").open("r") as lock:
+            if _held(lock):
+                shutil.rmtree(note.parent, ignore_errors=True)
+
+
+def _held(lock: TextIO) -> bool:
+    """Whether this process has the lock now."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _key(context: Context, inputs: Sequence[Path]) -> str:

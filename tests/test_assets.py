@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -306,6 +306,54 @@ def test_a_hub_model_comes_without_pickles_or_code_and_then_without_network(
     hub.server_close()
     shutil.rmtree(cache / "models")
     assert json.loads((base_folder("hub:org/name@main", None, "causal") / "cola.json").read_text()) == manifest
+
+
+def shards(folder: Path) -> None:
+    """Name two shards in an index; only the first one is there."""
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    (folder / "model.safetensors").rename(folder / names[0])
+    index = {"weight_map": dict(zip("ab", names, strict=True))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+UNFINISHED: dict[str, Callable[[Path], None]] = {
+    "no settings": lambda folder: (folder / "config.json").unlink(),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "a shard short": shards,
+}
+
+
+@pytest.mark.parametrize("reached", [True, False])
+@pytest.mark.parametrize("fault", UNFINISHED)
+def test_an_unfinished_snapshot_is_finished_or_may_be_tried_again(
+    hub: ThreadingHTTPServer, cache: Path, monkeypatch: pytest.MonkeyPatch, fault: str, reached: bool
+) -> None:
+    """As downloads of single files leave it: without the hub's list of what the repository holds."""
+    with opened("hub:org/name@main") as path:
+        copy = shutil.copytree(
+            path.parents[2], cache.parent / "copy", symlinks=True, ignore=shutil.ignore_patterns("trees")
+        )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(copy))
+    [folder] = copy.glob("models--*/snapshots/*")
+    UNFINISHED[fault](folder)
+    if reached:
+        assert (base_folder("hub:org/name@main", None, "causal") / "model.safetensors").is_file()
+        return
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(RetryError, match="the hub cannot be reached"):
+        base_folder("hub:org/name@main", None, "causal")
+
+
+def test_a_finished_snapshot_in_shards_needs_no_network(hub: ThreadingHTTPServer, cache: Path) -> None:
+    shards(Hub.folder)
+    shutil.copyfile(Hub.folder / "model-00001-of-00002.safetensors", Hub.folder / "model-00002-of-00002.safetensors")
+    with opened("hub:org/name@main") as path:
+        online = path
+    hub.shutdown()
+    hub.server_close()
+    with opened("hub:org/name@main") as path:
+        assert path == online and len(list(path.glob("*.safetensors"))) == 2
 
 
 def test_a_file_of_a_hub_dataset(hub: ThreadingHTTPServer) -> None:

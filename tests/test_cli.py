@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from miniature import git, make, ran, variables
+import torch
+from miniature import REPOSITORY, git, make, ran, variables
+from safetensors.torch import save_file
 
+from cola_core.assets.tiny import build_tiny
 from cola_core.errors import RetryError, UserError
+from cola_core.files import write_json
 from flows.cli import main
+from flows.cost import sizes
 
 HEAVY = {"torch", "transformers", "prefect", "mlflow", "dvc", "datasets", "hydra", "pandas", "pyarrow", "numpy"}
 COMMANDS = ("plan", "run", "serve", "ui", "inspect", "export", "chain", "sync", "clean", "adopt")
@@ -64,9 +70,13 @@ REFUSED = [
     (["run", "--method", "gorra"], "did you mean 'gora'"),
     (["run", "-S", "link.step=3"], "did you mean 'steps'"),
     (["run", "-S", "chain.1.link.steps=3"], "schedule.horizon"),
+    (["run", "-S", "link.steps=20"], "schedule.horizon"),
     (["adopt", "nothing"], "no such workspace"),
     (["export", "somewhere"], "dvc repro merge"),
     (["inspect", "nowhere.csv"], "no such file"),
+    (["inspect", "params.yaml", "--task", "custm"], "did you mean 'custom'"),
+    (["inspect", "params.yaml", "--task", "custom"], "prepare.answers: left to you"),
+    (["inspect", "params.yaml", "--task", "custom", "-S", "prepare.answers={no: a, yes: b}"], "cannot read '.yaml'"),
     (["chain", "verify"], "no chain here"),
 ]
 
@@ -144,3 +154,46 @@ def test_plan_says_what_runs_and_what_is_not_known(project: Path) -> None:
     for stage in ("fetch", "allocate@1", "allocate@2", "evaluate", "register"):
         assert stage in done.stdout
     assert done.stdout.count("runs") >= 5 and "known after" in done.stdout
+
+
+ANSWERS = 'prepare.answers={no: " bad", yes: " good"}'
+
+
+def test_a_file_is_inspected_before_anything_is_fetched(project: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("text,label\na fine film,yes\na dull one,no\na long one,no\n")
+    done = cola(project, "inspect", str(file), "--task", "custom", "-S", ANSWERS, "--rows", "1")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    first, *lines = done.stdout.splitlines()
+    assert first == str(file)
+    assert lines[:2] == ["  mine: 3 rows", "    labels: no 2 (66.7 %), yes 1 (33.3 %)"]
+    assert lines[2:6] == ["", "mine:1 (label or reference: 'yes')", "a fine film", "Label:\u27e6 good\u27e7"]
+    assert len(lines) == 7 and "`dvc repro fetch`" in lines[6]
+
+
+def test_tokens_are_counted_by_the_chosen_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    (tmp_path / "params.yaml").write_bytes(git(REPOSITORY, "show", "HEAD:params.yaml"))
+    (tmp_path / "mine.csv").write_text("text,label\na fine film,yes\na dull one,no\n")
+    build_tiny("llama", tmp_path / "artifacts/fetch/model")
+    write_json(tmp_path / "artifacts/fetch/model/cola.json", {"kind": "causal", "asset": "tiny:llama"})
+    monkeypatch.chdir(tmp_path)
+    words = ["inspect", "mine.csv", "--task", "custom", "-S", ANSWERS]
+    assert main([*words, "--model", "tiny"]) == 0
+    assert "0 truncated, longest 24 tokens" in capsys.readouterr().out
+    assert main([*words, "--model", "tiny_t5"]) == 0
+    assert "holds tiny:llama, not tiny:t5" in (told := capsys.readouterr().out) and "truncated" not in told
+    assert main([*words, "--model", "tiny_bert", "-S", "prepare.max_tokens=9"]) == 0
+    assert "Label:\n" in capsys.readouterr().out  # a head has no answer to supervise
+
+
+def test_the_files_of_a_sharded_model_are_counted_together(tmp_path: Path) -> None:
+    model = tmp_path / "artifacts/fetch/model"
+    model.mkdir(parents=True)
+    write_json(model / "cola.json", {"modules": {"layers.0.q": [4, 3]}})
+    for number, rows in ((1, 5), (2, 7)):
+        save_file({f"w{number}": torch.zeros(rows, 2)}, model / f"model-0000{number}-of-00002.safetensors")
+    found = sizes(tmp_path)
+    assert found is not None and found.weights == 24

@@ -15,8 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from miniature import REPOSITORY, git
 
+from cola_core.assets.tiny import build_tiny
+from cola_core.config.base import load_yaml
 from cola_core.config.params import check_params
 from cola_core.errors import UserError
+from cola_core.models import module_shapes
+from cola_core.targets import select_targets
 from flows.compose import _composed, _value, choices, compose, edits
 
 NOTHING: dict[str, str | None] = {"method": None, "task": None, "model": None, "chain": None}
@@ -30,7 +34,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def _read(text: str) -> dict[str, Any]:
-    return dict(yaml.safe_load(text))
+    return dict(load_yaml(text))
 
 
 def test_the_committed_params_are_the_composed_defaults(root: Path) -> None:
@@ -67,11 +71,48 @@ def test_every_method_composes_with_every_chain_or_says_why_not(method: str) -> 
     assert composed
 
 
+# A model of every family, with its tiny sibling and what that one calls attention's query and value.
+FAMILIES = {
+    "smollm2_135m": ("llama", "causal", {"q_proj", "v_proj"}),
+    "tiny_opt": ("opt", "causal", {"q_proj", "v_proj"}),
+    "tiny_gpt2": ("gpt2", "causal", {"c_attn"}),
+    "tiny_t5": ("t5", "seq2seq", {"q", "v"}),
+    "minilm_l6": ("bert", "encoder", {"query", "value"}),
+}
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The adaptable modules of every model of FAMILIES."""
+    found = {}
+    for model, (family, kind, _) in FAMILIES.items():
+        build_tiny(family, folder := tmp_path_factory.mktemp(family))
+        found[model] = list(module_shapes(folder, kind))
+    return found
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_query_and_value_are_found_in_every_family(model: str, modules: dict[str, list[str]]) -> None:
+    _, kind, endings = FAMILIES[model]
+    for targets in ("query_value", ["query_value"]):
+        found = select_targets(modules[model], targets)
+        assert {name.rsplit(".", 1)[-1] for name in found} == endings
+    assert len(found) == 2 * len(endings) * (3 if kind == "seq2seq" else 1)  # a T5 block has up to two attentions
+    assert select_targets(modules[model], sorted(endings)) == found
+    with pytest.raises(UserError, match=r"^params\.yaml: targets: 'query_valu' ends no .*did you mean 'query_value'"):
+        select_targets(modules[model], "query_valu")
+
+
+def test_a_model_without_query_and_value_is_told() -> None:
+    with pytest.raises(UserError, match=r"^params\.yaml: targets: 'query_value' ends no .*; allowed: all, dense"):
+        select_targets(["layers.0.dense"], "query_value")
+
+
 @pytest.mark.parametrize("task", choices(REPOSITORY, "task"))
-def test_every_task_composes_with_every_model_or_says_why_not(task: str) -> None:
+def test_every_task_composes_with_every_model_or_says_why_not(task: str, modules: dict[str, list[str]]) -> None:
     """What a task says does not depend on recipe and chain, so these pairs and the ones above cover every four."""
     fits = 0
-    for model in ("smollm2_135m", "tiny_t5", "minilm_l6"):
+    for model in FAMILIES:
         params = _read(_composed(REPOSITORY, {"task": task, "model": model}, []))
         try:
             check_params(params)
@@ -80,6 +121,7 @@ def test_every_task_composes_with_every_model_or_says_why_not(task: str) -> None
             continue
         fits += 1
         assert params["task"] == task
+        assert select_targets(modules[model], params["targets"])
     assert fits or task == "custom"
 
 
@@ -122,7 +164,15 @@ MISTAKES = [
     ({}, ["link.learning_rat=1"], "did you mean 'learning_rate'"),
     ({"method": "lora"}, ["link.learning_rat=1"], "did you mean 'learning_rate'"),
     ({}, ["+link.new=1"], "unknown key"),
-    ({}, ["link.steps"], "expected key=value"),
+    ({}, ["link.steps"], "expected key=value, such as link.learning_rate=1e-4"),
+    (
+        {},
+        ["link.steps=20"],
+        "override link.steps: changes nothing, since every link of the chain sets its own; set sch",
+    ),
+    ({"method": "cola"}, ["link.steps=20"], "schedule.horizon"),
+    ({}, ["++link.steps=20", "seed=3"], "-S chain=m2 -S schedule.horizon=..."),
+    ({"method": "gora_init_only"}, ["allocate.rank=64"], "profile.sketch 32 below allocate.rank 64"),
     ({}, ["link.alpha=[1"], "override"),
     ({}, ["link.alpha=x"], "link.alpha"),
     ({}, ["~link.alpha"], "link.alpha: missing"),
@@ -136,6 +186,22 @@ def test_mistakes_are_one_line(root: Path, picks: dict[str, str], overrides: lis
     with pytest.raises(UserError) as error:
         compose(root, {**NOTHING, **picks}, overrides)
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("picks", [NOTHING, {**NOTHING, "method": "gora"}], ids=["laid over", "composed"])
+def test_exponents_and_truth_words_survive(root: Path, picks: dict[str, str | None]) -> None:
+    """Hydra and DVC write YAML 1.2, where 5e-05 is a number and `no` a text."""
+    answers = 'prepare.answers={no: " bad", yes: " good", on: " off"}'
+    params = _read(compose(root, picks, ["link.learning_rate=5e-5", "link.epsilon=1e-6", f"+{answers}"]))
+    assert (params["link"]["learning_rate"], params["link"]["epsilon"]) == (5e-5, 1e-6)
+    assert {"no": " bad", "yes": " good", "on": " off"}.items() <= params["prepare"]["answers"].items()
+
+
+def test_the_steps_of_links_that_have_none_of_their_own_may_be_set(root: Path) -> None:
+    text = (root / "params.yaml").read_text().replace("    link:\n      steps: 40\n", "    link: {}\n")
+    (root / "params.yaml").write_text(text)
+    params = _read(compose(root, NOTHING, ["link.steps=20", "schedule.horizon=40"]))
+    assert params["link"]["steps"] == 20
 
 
 LEAF = st.one_of(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
+from cola_core.config.base import load_yaml, read_yaml
 from cola_core.config.params import check_params
 from cola_core.errors import UserError, suggest
 
@@ -42,6 +47,20 @@ def test_the_committed_parameters_are_right() -> None:
         ("evaluate.row", 3, "evaluate.row: unknown key; did you mean 'rows'?"),
         ("fetch.model.sha", "x", "fetch.model.sha: unknown key; did you mean 'sha256'?"),
         ("link.update", "adam", "link.update: 'adam' is not a value; did you mean 'adamw'?"),
+        ("chain.2.link.update", "adam", "chain.2.link.update: 'adam' is not a value; did you mean 'adamw'?"),
+        ("link.update", ..., "link.update: missing"),
+        ("link.steps", "many", "link.steps: Input should be a valid integer"),
+        ("chain.1.link.steps", 0, "chain.1.link.steps: Input should be greater than or equal to 1"),
+        ("profile.probe", "two", "profile.probe: 'two' is not a value"),
+        ("evaluate.rows", 0, "evaluate.rows: needs a whole number of at least 1, or all (got 0)"),
+        ("evaluate.rows", -1, "evaluate.rows: needs a whole number of at least 1, or all (got -1)"),
+        ("evaluate.rows", True, "evaluate.rows: needs a whole number of at least 1, or all (got True)"),
+        ("evaluate.rows", "many", "evaluate.rows: needs a whole number of at least 1, or all (got 'many')"),
+        ("link.betas", [0.9, 1.0], "link.betas.1: Input should be less than 1 (got 1.0)"),
+        ("link.betas", [-0.1, 0.9], "link.betas.0: Input should be greater than or equal to 0 (got -0.1)"),
+        ("targets", [], "targets: needs all, query_value, or at least one ending"),
+        ("targets", [""], "targets: needs all, query_value, or at least one ending"),
+        ("targets", 3, "targets: needs all, query_value, or at least one ending"),
         ("machine.dtype", "int8", "machine.dtype: 'int8' is not a value; allowed: fp32, bf16, fp64"),
         ("link.learning_rate", "fast", "link.learning_rate: Input should be a valid number"),
         ("link.learning_rate", -1.0, "link.learning_rate: Input should be greater than 0"),
@@ -53,14 +72,18 @@ def test_the_committed_parameters_are_right() -> None:
         ("chain.2.prev", "2", "chain.2.prev: is '2'; link '2' follows '1', anything else is a cycle"),
         ("chain.2.profile_from", "3", "chain.2.profile_from: is '3'; allowed: a quoted link from '1' to '2'"),
         ("chain.1", ..., "chain: links are 2; they must be 1, no gap"),
-        ("schedule.kind", "none", "schedule.kind 'none' with more than one link"),
-        ("profile.probe", "none", "allocate.allocator 'gora' with profile.probe 'none'"),
-        ("profile.sketch", 8, "profile.sketch 8 below allocate.r_max 32"),
-        ("allocate.rank", 2, "allocate.rank outside [r_min, r_max]"),
-        ("profile.adaptive", True, "profile.adaptive with profile.probe 'one_batch'"),
-        ("chain.2.profile_from", "1", "link.initialiser 'gora' with another link's profile"),
-        ("fetch.model.kind", "encoder", "classify needs an encoder"),
-        ("link.bias", "lora", "link.bias 'lora' with merge.flat_adapter"),
+        ("schedule.kind", "none", "chain.1: schedule.kind 'none' with more than one link"),
+        ("profile.probe", "none", "chain.1: allocate.allocator 'gora' with profile.probe 'none'"),
+        ("profile.sketch", 8, "chain.1: profile.sketch 8 below allocate.r_max 32: "),
+        ("allocate.rank", 2, "chain.1: allocate.rank outside [r_min, r_max]"),
+        ("profile.adaptive", True, "chain.1: profile.adaptive with profile.probe 'one_batch'"),
+        ("chain.2.profile_from", "1", "chain.2: link.initialiser 'gora' with another link's profile"),
+        (
+            "fetch.model.kind",
+            "encoder",
+            "chain.1: prepare.kind 'choice' with fetch.model.kind 'encoder': classify needs an encoder",
+        ),
+        ("link.bias", "lora", "chain.1: link.bias 'lora' with merge.flat_adapter"),
     ],
 )
 def test_one_clear_line(key: str, value: Any, line: str) -> None:
@@ -70,8 +93,77 @@ def test_one_clear_line(key: str, value: Any, line: str) -> None:
         return
     with pytest.raises(UserError) as caught:
         check_params(raw)
-    assert line in str(caught.value)
+    assert str(caught.value).startswith(f"params.yaml: {line}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", [1, 10**6, "all"])
+def test_rows_of_the_evaluation_may_be_a_number_or_all(rows: int | str) -> None:
+    assert check_params(changed("evaluate.rows", rows)).evaluate.rows == rows
+
+
+def test_a_mistake_in_a_section_is_told_under_the_key_that_holds_it() -> None:
+    raw = changed("link.update", "adam")
+    raw["chain"]["1"]["link"]["update"] = "lora_plus"  # link 1 never reads the shared value
+    with pytest.raises(UserError, match=r"^params\.yaml: link\.update: 'adam'"):
+        check_params(raw)
+    raw = changed("link.steps", ...)
+    raw["chain"]["1"]["link"]["steps"] = 0
+    with pytest.raises(UserError, match=r"^params\.yaml: chain\.1\.link\.steps: "):
+        check_params(raw)
+
+
+def test_a_uniform_rank_needs_as_many_sketch_rows() -> None:
+    raw = changed("allocate", {**PARAMS["allocate"], "allocator": "uniform", "rank": 64})
+    with pytest.raises(
+        UserError, match=r"chain\.1: profile\.sketch 32 below allocate\.rank 64: .*; raise profile\.sketch"
+    ):
+        check_params(raw)
+    raw["profile"]["sketch"] = 64
+    check_params(raw)
+    raw["allocate"]["rank"], raw["profile"]["sketch"] = 8, 8  # r_max 32 says nothing to a uniform rank
+    check_params(raw)
+    raw["chain"]["2"]["allocate"] = {"rank": 16}
+    with pytest.raises(UserError, match=r"chain\.2: profile\.sketch 8 below allocate\.rank 16"):
+        check_params(raw)
+    raw["chain"]["2"]["profile"] = {"sketch": 16}
+    check_params(raw)
+
+
+SCALARS = [
+    ("1e-4", 1e-4), ("5e-05", 5e-5), ("1E6", 1e6), ("-1.5e3", -1.5e3), ("1.", 1.0), (".5", 0.5), ("1.0e-08", 1e-8),
+    (".inf", float("inf")), ("no", "no"), ("Yes", "Yes"), ("on", "on"), ("true", True), ("FALSE", False),
+    ("1:30", "1:30"), ("010", 10), ("0o10", 8), ("0x1e5", 0x1E5), ("-7", -7), ("1_000", 1000), ("e5", "e5"),
+    ("1e", "1e"), ("null", None), ("~", None), ("1.0.0", "1.0.0"), ("[1e-4]", [1e-4]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "value"), SCALARS, ids=[text for text, _ in SCALARS])
+def test_scalars_are_read_as_dvc_reads_them(text: str, value: Any) -> None:
+    found, other = load_yaml(f"k: {text}")["k"], YAML(typ="safe", pure=True).load(f"k: {text}")["k"]
+    assert (found, type(found)) == (value, type(value)) == (other, type(other))
+
+
+def test_a_hand_written_exponent_is_a_number(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "params.yaml").read_text()
+    assert "learning_rate: 0.0005\n" in text
+    (tmp_path / "params.yaml").write_text(text.replace("learning_rate: 0.0005\n", "learning_rate: 1e-4\n"))
+    assert check_params(read_yaml(tmp_path / "params.yaml")).link["learning_rate"] == 1e-4
+
+
+WORDS = st.sampled_from(
+    ["no", "yes", "on", "y", "1e-4", "1:30", "010", "0o7", "=", "<<", "2024-01-01", "1_0", "null", "~"]
+)
+TEXTS = st.text(st.characters(exclude_characters="\x85\u2028\u2029", codec="utf-8"), max_size=6)  # PyYAML's line breaks
+LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXTS, WORDS)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.one_of(WORDS, TEXTS), LEAVES, max_size=3))
+def test_what_dvc_writes_is_read_back(value: dict[str, Any]) -> None:
+    made = io.StringIO()
+    YAML().dump(value, made)
+    assert load_yaml(made.getvalue()) == value
 
 
 def test_a_bare_number_as_a_link_is_refused() -> None:

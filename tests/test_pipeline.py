@@ -138,6 +138,21 @@ def test_the_run_leaves_what_it_promises(run: Path) -> None:
     assert learned < 0.8 * probed, "the chain learned nothing"
 
 
+def test_law_9_every_token_and_parameter_is_accounted_for(run: Path) -> None:
+    links = json.loads((run / "artifacts/merge/chain.json").read_text())["links"]
+    card = (run / "artifacts/register/README.md").read_text()
+    for link in links:
+        folder = run / "artifacts/links" / str(link["link"])
+        profile, ranks = (json.loads((folder / name).read_text()) for name in ("profile/profile.json", "ranks.json"))
+        assert link["probe_tokens"] == profile["tokens"] > 0
+        shapes = {name: module["shape"] for name, module in profile["modules"].items()}
+        assert (
+            link["trainable_parameters"] == ranks["spent"] == sum(r * sum(shapes[m]) for m, r in ranks["ranks"].items())
+        )
+        assert ranks["budget"] == sum(4 * sum(shape) for shape in shapes.values()), "the uniform rank of these tests"
+        assert f"{link['probe_tokens']:,}" in card and f"{link['trainable_parameters']:,}" in card
+
+
 def test_nothing_changed_nothing_runs(run: Path, cache: str) -> None:
     assert stages_run(repro(run, cache)) == []
 
@@ -167,6 +182,12 @@ def test_law_6_a_prefect_flow_gives_the_same_hashes(run: Path, cache: str, tmp_p
     assert (folder / "artifacts/evaluate/metrics.json").is_file()
 
 
+def _python(folder: Path, cache: str, *words: str) -> str:
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=folder, env=environment(cache), capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
 def test_law_7_killed_in_a_link_it_ends_the_same(run: Path, cache: str, tmp_path: Path) -> None:
     folder = project(tmp_path, cache)
     command = [sys.executable, "-m", "dvc", "repro", "link@1"]
@@ -182,7 +203,11 @@ def test_law_7_killed_in_a_link_it_ends_the_same(run: Path, cache: str, tmp_path
     child.wait()
     assert not (folder / "artifacts/links/1/adapter").exists()
     repro(folder, cache, "link@1")
-    assert not list((folder / ".cola/resume").iterdir()), "the resume state goes once DVC has the out"
+    shutil.rmtree(folder / "artifacts/links/1/adapter")  # as DVC does when it starts a stage whose end it has not seen
+    again = _python(folder, cache, "-m", "tasks.link", "1")
+    assert "link@1: 1/6" not in again and "link@1" not in again, "nothing is trained twice"
+    _python(folder, cache, "-c", "from tasks.resume import forget_finished; forget_finished()")
+    assert not list((folder / ".cola/resume").iterdir()), "a later stage removes the resume state"
     lock = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]["link@1"]["outs"][0]
     assert lock["md5"] == hashes(run)["artifacts/links/1/adapter"]
 

@@ -142,6 +142,21 @@ def test_the_same_bytes_whatever_the_order_of_keys(tmp_path: Path, monkeypatch: 
         ({}, ("train.csv", b"text,label\na,neg\n"), "2 files are called train"),
         ({"train": 100}, None, "the training file has 54 rows left (6 duplicates dropped)"),
         ({"duplicates": "refuse"}, None, "the same prompt as"),
+        (
+            {"kind": "generate", "answers": {}, "extract": "(neg)"},
+            None,
+            "train.tsv:3: prepare.extract: finds nothing to compare in the row's own answer",
+        ),
+        (
+            {"kind": "generate", "answers": {}, "extract": "(x)?pos|(n)eg"},
+            None,
+            "train.tsv:2: prepare.extract: finds nothing to compare",
+        ),
+        (
+            {"kind": "generate", "answers": {}, "extract": "# (.*)"},
+            ("test.tsv", b"text\tlabel\na\t# 1\nb\t# ,.\n"),
+            ".tsv:2: prepare.extract: finds nothing to compare",
+        ),
         ({"max_tokens": 8}, None, "the template and answer alone need"),
     ],
 )

@@ -1,9 +1,10 @@
-"""A chain becomes one model version per hash, and that version predicts in a process that has nothing but the store."""
+"""A chain becomes one model version, and that version predicts in a process that has nothing but the store."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from cola_core.adapters import Pair
 from cola_core.assets.base import base_folder, find_base
 from cola_core.chain import read_chain, write_link, write_root
 from cola_core.config.base import read_yaml
+from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json
 from cola_core.models import adaptable, load_base, weight_shape
@@ -54,12 +56,11 @@ def settings(family: str, kind: str) -> dict[str, Any]:
     return raw
 
 
-def hand_made_link(number: int, kind: str, labels: int) -> None:
+def hand_made_link(context: Context, number: int, kind: str, labels: int) -> None:
     """A link with random pairs, large enough to change answers."""
     chain = read_chain(link_dir(str(number - 1)))
-    from cola_core.config.recipe import MachineConfig
-
-    model = load_base(ARTIFACTS / "fetch/model", MachineConfig(device="cpu", threads=1, dtype="fp32"), labels)
+    machine = context.section(MachineConfig, "machine")
+    model = load_base(ARTIFACTS / "fetch/model", machine, labels)
     generator = torch.Generator().manual_seed(number)
     pairs = {}
     for name, module in adaptable(model).items():
@@ -67,7 +68,10 @@ def hand_made_link(number: int, kind: str, labels: int) -> None:
         pairs[name] = Pair(torch.randn(2, width, generator=generator), torch.randn(out, 2, generator=generator), 0.05)
     base = chain[0].record["base"]
     adapter = Adapter(pairs, base["asset"], kind, dict.fromkeys(pairs, 1.0), False, head=chain[-1].head())
-    told = {"steps": 4, "kept_step": 4, "tokens": 100, "trainable_parameters": 1234, "validation_loss": 0.5}
+    told = {"steps": 4, "kept_step": 4, "tokens": 100, "probe_tokens": 20, "validation_loss": 0.5}
+    told |= {"trainable_parameters": 1234, "machine_section": machine.model_dump()}
+    told["link_section"] = context.section(LinkConfig, "link", str(number)).model_dump()
+    told["schedule_section"] = context.section(ScheduleConfig, "schedule").model_dump()
     parent = {"link": chain[-1].number, "hash": chain[-1].hash}
     link = {"link": number, "parent": parent, "base": base, "seed": 0, **told}
     write_link(link_dir(str(number)), adapter, link, {})
@@ -83,14 +87,13 @@ def make_artifacts(family: str, kind: str) -> Context:
     (ARTIFACTS / "fetch/data").mkdir()
     (ARTIFACTS / "fetch/data/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prepare.main(context)
-    from cola_core.config.recipe import MachineConfig
     from cola_core.models import head_parameters
 
-    model = load_base(ARTIFACTS / "fetch/model", MachineConfig(device="cpu", threads=1, dtype="fp32"), 2)
+    model = load_base(ARTIFACTS / "fetch/model", context.section(MachineConfig, "machine"), 2)
     head = {name: p.detach().clone() for name, p in head_parameters(model).items()}
     write_root(link_dir("0"), ARTIFACTS / "fetch/model", 2, head)
     for number in (1, 2):
-        hand_made_link(number, kind, 2)
+        hand_made_link(context, number, kind, 2)
     merge.main(context)
     metrics = {"n": 8, **SCORES, "base": {**SCORES, "accuracy": 0.5}, "majority": {**SCORES, "accuracy": 0.4}}
     write_json(ARTIFACTS / "evaluate/metrics.json", {**metrics, "prefixes": {"1": SCORES}})
@@ -281,6 +284,50 @@ def test_sync_makes_a_version_again_that_was_lost_with_its_store(checkout: Path)
     assert len(versions()) == 1
     (served,) = [path.parent for path in (checkout / "mlartifacts").rglob("serve.json")]
     assert Predictor.load(served).predict([{"text": text} for text in TEXTS]) == expected(checkout)
+
+
+def test_the_same_chain_in_another_form_is_the_next_version(checkout: Path) -> None:
+    context = context_of(checkout)
+    for merged in (False, True, True):
+        context.raw["register"] = {"name": "two-forms", "merged": merged}
+        register.main(context)
+    assert len(versions("two-forms")) == 2
+    stored = sorted(path.parent.name for path in (checkout / "mlartifacts/two-forms").rglob("*.safetensors"))
+    assert stored == ["adapter", "adapter", "checkpoint"]
+
+
+def test_the_version_has_the_scores_of_the_last_evaluation(checkout: Path) -> None:
+    metrics = read_json(ARTIFACTS / "evaluate/metrics.json")
+    write_json(ARTIFACTS / "evaluate/metrics.json", {**metrics, "accuracy": 0.25})
+    register.main(context_of(checkout))
+    (version,) = versions()
+    assert version.tags["cola.accuracy"] == "0.25"
+
+
+CHANGES = [
+    ({"chain": ["1"]}, "chain: has other links than the trained chain (1, 2)"),
+    ({"link": {"initialiser": "kaiming"}}, "link: is not what link 1 was trained with"),
+    ({"schedule": {"horizon": 7}}, "schedule: is not what link 1 was trained with"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), CHANGES, ids=[next(iter(c[0])) for c in CHANGES])
+def test_a_card_never_tells_of_another_chain(checkout: Path, changes: dict[str, Any], told: str) -> None:
+    context = context_of(checkout)
+    for section, change in changes.items():
+        old = context.raw[section]
+        context.raw[section] = {key: old[key] for key in change} if section == "chain" else {**old, **change}
+    with pytest.raises(UserError, match=re.escape(told)):
+        card(context)
+
+
+def test_a_merged_checkpoint_has_the_settings_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(tmp_path, monkeypatch)
+    make_artifacts("bert", "encoder")
+    base, merged = (read_json(ARTIFACTS / part / "config.json") for part in ("fetch/model", "merge/checkpoint"))
+    assert base["hidden_dropout_prob"] == merged["hidden_dropout_prob"] == 0.1
+    assert merged["id2label"] == {"0": "good", "1": "poor"}
+    assert "transformers_version" not in merged
 
 
 def test_merged_weights_are_stored_only_when_asked_for(checkout: Path, tmp_path: Path) -> None:

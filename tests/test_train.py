@@ -89,6 +89,18 @@ def test_bf16_keeps_fp32_masters_and_records_its_error(family: str, tmp_path: Pa
         assert torch.equal(merged.state_dict()[name], weight.bfloat16()), "links are added in fp32 and cast once"
 
 
+def test_bf16_trains_an_encoders_head_in_fp32(tmp_path: Path) -> None:
+    """At this rate bf16 itself would round most steps away."""
+    moved = {}
+    for machine in (BF16, FP32):
+        root = root_of("bert", tmp_path / machine.dtype)
+        before = root[0].head()
+        head = run_link(job_of("bert", root, machine, head_learning_rate=1e-4))[0].head
+        assert all(tensor.dtype == torch.float32 for tensor in head.values())
+        moved[machine.dtype] = sum(float((head[name] - before[name]).abs().mean()) for name in head)
+    assert moved["bf16"] == pytest.approx(moved["fp32"], rel=0.3)
+
+
 def test_a_diverging_link_says_where_and_what_to_try(tmp_path: Path) -> None:
     job = job_of("llama", root_of("llama", tmp_path), FP32, learning_rate=1e30, clip=None, warmup=0.0)
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,9 +30,7 @@ def snapshot(repo: str, revision: str) -> Path:
         UserError: no such repository or revision, or no permission to read it.
         RetryError: the hub cannot be reached and the local cache does not have it.
     """
-    from huggingface_hub import snapshot_download
-
-    return _cached_or_online(snapshot_download, repo, revision, allow_patterns=list(MODEL_FILES))
+    return _cached_or_online(_model_files, repo, revision)
 
 
 def dataset_file(repo: str, revision: str, name: str) -> Path:
@@ -44,6 +43,32 @@ def dataset_file(repo: str, revision: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return _cached_or_online(hf_hub_download, repo, revision, filename=name, repo_type="dataset")
+
+
+def _model_files(repo: str, revision: str, local_files_only: bool = False, endpoint: str | None = None) -> str:
+    """huggingface_hub's snapshot_download, which returns an unfinished folder too; here only what the hub confirms."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    options: dict[str, Any] = {"local_files_only": local_files_only, "endpoint": endpoint}
+    folder: str = snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES), **options)
+    if not _whole(Path(folder)):
+        if local_files_only:
+            raise LocalEntryNotFoundError(f"{folder}: unfinished")
+        HfApi(endpoint=endpoint).model_info(repo, revision=revision)  # fails where the hub was not reached above either
+    return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a snapshot has its settings and all its weights; the local cache also keeps unfinished ones."""
+    names = {"config.json", "model.safetensors"}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        try:
+            names = {"config.json", *json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return False
+    return all((folder / name).is_file() for name in names)
 
 
 def _cached_or_online(download: Callable[..., Any], repo: str, revision: str, **options: Any) -> Path:

@@ -56,6 +56,7 @@ def gora(start: Start) -> tuple[Tensor, Tensor]:
     paper's gamma sqrt(in) / alpha where s = alpha / sqrt(r). Computed in float64.
     """
     assert start.sketch is not None, "refused by the configuration without a probe"
+    assert start.sketch.shape[1] >= start.rank, "refused by the configuration: B would follow fewer rows than asked for"
     columns = start.shape[1]
     a = draw_a(start.seed, start.link, start.module, start.sketch.shape[1], columns)[: start.rank]
     xi = start.gamma * math.sqrt(columns / start.rank) / start.scale

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cola_core.config.base import Strict, parse
 from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
@@ -45,6 +45,17 @@ class Params(Strict):
     merge: MergeConfig
     evaluate: EvaluateConfig
     registry: RegisterConfig = Field(alias="register")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names_something(cls, value: Any) -> Any:
+        names = value if isinstance(value, list) else [value]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("needs all, query_value, or at least one ending of module names such as [q_proj, v_proj]")
+        return value
+
+
+Section = TypeVar("Section", ProfileConfig, AllocateConfig, LinkConfig)
 
 
 class Knot(Strict):
@@ -111,14 +122,19 @@ def _check_wiring(key: str, item: Any) -> None:
 
 
 def _knot(params: Params, key: str) -> Knot:
-    """The shared sections with the changes of one link, each parsed under the name the user wrote."""
-    item = params.chain[key]
-    merged = {}
-    for name, model in (("profile", ProfileConfig), ("allocate", AllocateConfig), ("link", LinkConfig)):
-        changes = getattr(item, name)
-        parse(model, {**getattr(params, name), **changes}, f"chain.{key}.{name}" if changes else name)
-        merged[name] = {**getattr(params, name), **changes}
-    return parse(Knot, merged, f"chain.{key}")
+    """The shared sections with the changes of one link."""
+    return Knot(
+        profile=_section(ProfileConfig, params, key, "profile"),
+        allocate=_section(AllocateConfig, params, key, "allocate"),
+        link=_section(LinkConfig, params, key, "link"),
+    )
+
+
+def _section(model: type[Section], params: Params, key: str, name: str) -> Section:
+    """A shared section, checked first and under its own name, then with the changes of one link under theirs."""
+    shared, changes, here = getattr(params, name), getattr(params.chain[key], name), f"chain.{key}.{name}"
+    parse(model, {**changes, **shared}, name, dict.fromkeys(changes.keys() - shared.keys(), here))
+    return parse(model, {**shared, **changes}, name, dict.fromkeys(changes, here))
 
 
 def _check_composition(params: Params, key: str, knot: Knot) -> None:
@@ -126,6 +142,8 @@ def _check_composition(params: Params, key: str, knot: Knot) -> None:
     source = _knot(params, params.chain[key].profile_from).profile
     probed = source.probe != "none"
     machine = params.machine
+    most = "rank" if knot.allocate.allocator == "uniform" else "r_max"
+    rows = getattr(knot.allocate, most)
     refusals = [
         ((params.prepare.kind == "classify") != (params.fetch.model.kind == "encoder"),
          f"prepare.kind {params.prepare.kind!r} with fetch.model.kind {params.fetch.model.kind!r}: "
@@ -138,8 +156,11 @@ def _check_composition(params: Params, key: str, knot: Knot) -> None:
          "link.initialiser 'gora' with profile.probe 'none': B comes from the probe's gradient"),
         (knot.link.initialiser == "gora" and params.chain[key].profile_from != key,
          "link.initialiser 'gora' with another link's profile: that gradient was taken at other weights"),
-        (knot.link.initialiser == "gora" and source.sketch < knot.allocate.r_max,
-         f"profile.sketch {source.sketch} below allocate.r_max {knot.allocate.r_max}: B needs one sketch row per rank"),
+        (knot.link.initialiser == "gora" and source.sketch < rows,
+         f"profile.sketch {source.sketch} below allocate.{most} {rows}: B needs one sketch row per rank; "
+         f"raise profile.sketch to at least {rows}"),
+        (knot.link.bias == "lora" and machine.dtype == "bf16",
+         "link.bias 'lora' with machine.dtype 'bf16': a bias has no fp32 master there, so small steps would be lost"),
         (knot.allocate.allocator == "gora" and not knot.allocate.r_min <= knot.allocate.rank <= knot.allocate.r_max,
          "allocate.rank outside [r_min, r_max]: the reference rank must be reachable"),
         (source.adaptive and source.probe != "accumulate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -47,7 +47,7 @@ class ProfileConfig(Strict):
 
     probe: none = no gradient is taken; one_batch = one exact pass; accumulate = fp32 buffers over micro-batches.
     importance: what a module's gradient G and weight W are reduced to (GoRA, section 3).
-    sketch: rows of A_max kept for the initialiser, at least `allocate.r_max`.
+    sketch: rows of A_max kept for the initialiser, at least the largest rank (uniform: `allocate.rank`, gora: `r_max`).
     adaptive: accumulate only: stop once no module's importance moved by more than `tolerance` (after 3 batches).
     gap_radius: radius of the nuclear-norm ball in the Frank-Wolfe gap (COLA, section 4).
     """
@@ -98,7 +98,7 @@ class LinkConfig(Strict):
     learning_rate: float = Field(gt=0)
     ratio: float = Field(gt=0)
     head_learning_rate: float = Field(gt=0)
-    betas: list[float] = Field(min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(min_length=2, max_length=2)
     epsilon: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     clip: float | None = Field(gt=0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cola_core.config.base import Strict
 
@@ -32,6 +32,13 @@ class EvaluateConfig(Strict):
     batch: int = Field(ge=1)
     resamples: int = Field(ge=100)
     confidence: float = Field(gt=0, lt=1)
+
+    @field_validator("rows", mode="before")
+    @classmethod
+    def _some_rows(cls, value: Any) -> Any:
+        if value != "all" and (type(value) is not int or value < 1):
+            raise ValueError("needs a whole number of at least 1, or all")
+        return value
 
 
 class RegisterConfig(Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,8 @@ def read_examples(path: Path, config: PrepareConfig) -> list[Example]:
     """Read and render every row of a data file, in the file's order.
 
     Raises:
-        UserError: anything wrong with the file, a template, or a label that `answers` does not have; with file:line.
+        UserError: anything wrong with the file, a template, a label that `answers` does not have, or an answer in which
+            `extract` finds nothing; with file:line.
     """
     table = read_table(path)
     prompt, label = template("prepare.prompt", config.prompt), template("prepare.label", config.label)
@@ -64,4 +66,12 @@ def _checked(reference: str, config: PrepareConfig, place: str) -> str:
         )
     if not reference.strip():
         raise UserError(f"{place}: prepare.label: the answer is empty")
+    if config.extract and not config.answers and not _extracts(config.extract, reference):
+        raise UserError(f"{place}: prepare.extract: finds nothing to compare in the row's own answer")
     return reference.strip() if config.answers else reference
+
+
+def _extracts(pattern: str, reference: str) -> bool:
+    """Whether something is left to compare: the last match's first group, commas and a full stop aside."""
+    found = [match[1] for match in re.finditer(pattern, reference) if match[1]]
+    return bool(found and found[-1].replace(",", "").strip().rstrip("."))

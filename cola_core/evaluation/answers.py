@@ -28,7 +28,7 @@ Decode = Callable[[list[int]], str]
 class Answers:
     """One model's answers in row order.
 
-    predicted, gold: label names, or normalised texts (generate); correct: whether they agree;
+    predicted, gold: label names, or normalised texts (generate); correct: whether they agree and are not empty;
     loss: negative log-probability of the right answer (per row), float64.
     """
 
@@ -82,15 +82,19 @@ def answer(
             tick(done, len(rows), sum(len(row.prompt) for row in batch))
     gold = [normalise(row.reference, objective.task) for row in rows]
     predicted = [text for text, _ in found]
-    return Answers(predicted, gold, [p == g for p, g in zip(predicted, gold, strict=True)], [loss for _, loss in found])
+    correct = [p == g != "" for p, g in zip(predicted, gold, strict=True)]
+    return Answers(predicted, gold, correct, [loss for _, loss in found])
 
 
 def normalise(text: str, task: Task) -> str:
-    """What two texts are compared by: labels as they are; generated text after `extract`, case, commas and spaces."""
+    """What two texts are compared by: labels as they are; generated text after `extract`, case, commas and spaces.
+
+    Of several matches of `extract` the last whose first group is not empty counts; without one the text is empty.
+    """
     if task.kind != "generate":
         return text
     if task.extract:
-        found = re.findall(task.extract, text)
+        found = [match[1] for match in re.finditer(task.extract, text) if match[1]]
         text = found[-1] if found else ""
     return " ".join(text.replace(",", "").lower().split()).rstrip(".")
 
@@ -114,31 +118,40 @@ def write_predictions(path: Path, rows: Sequence[Row], answers: dict[str, Answer
 
 def _choose(objective: Objective, rows: Sequence[Row]) -> list[tuple[str, float]]:
     """The best candidate; its loss is taken over the candidates alone."""
-    scores: Tensor = objective.scores(objective.scoring_batch(rows)).double().cpu()
+    scores: Tensor = objective.scores(objective.scoring_batch(rows)).cpu().double()
     losses = -scores.log_softmax(dim=-1)
     labels = objective.task.labels
     return [(labels[int(s.argmax())], float(nll[row.label])) for s, nll, row in zip(scores, losses, rows, strict=True)]
 
 
 def _generate(objective: Objective, rows: Sequence[Row], decode: Decode) -> list[tuple[str, float]]:
-    """Greedy decoding; prompts are padded on the left by position, for causal models, so that all end together."""
+    """Greedy decoding; causal prompts are padded on the left, so that all end together, those of encoders on the right.
+
+    An encoder that counts positions from the first token would otherwise read padded rows at other positions.
+    """
     task, model = objective.task, objective.model
-    losses = -objective.scores(objective.scoring_batch(rows)).double().cpu()[:, 0]
-    longest = max(len(row.prompt) for row in rows)
-    gaps = [longest - len(row.prompt) for row in rows]
-    ids = [[task.pad] * gap + row.prompt for gap, row in zip(gaps, rows, strict=True)]
-    mask = [[0] * gap + [1] * len(row.prompt) for gap, row in zip(gaps, rows, strict=True)]
+    losses = -objective.scores(objective.scoring_batch(rows)).cpu().double()[:, 0]
+    seq2seq = objective.kind == "seq2seq"
+    ids = _padded([row.prompt for row in rows], task.pad, left=not seq2seq)
+    mask = _padded([[1] * len(row.prompt) for row in rows], 0, left=not seq2seq)
     output = model.generate(  # type: ignore[operator]
-        input_ids=torch.tensor(ids, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
         max_new_tokens=task.max_new_tokens,
         do_sample=False,
+        num_beams=1,
         eos_token_id=task.end,
         pad_token_id=task.pad,
     )
-    new = output[:, 1:] if objective.kind == "seq2seq" else output[:, longest:]
+    new = output[:, 1:] if seq2seq else output[:, ids.shape[1] :]
     texts = [decode(_until_end(tokens.tolist(), task)) for tokens in new]
     return [(normalise(text, task), float(loss)) for text, loss in zip(texts, losses, strict=True)]
+
+
+def _padded(sequences: Sequence[list[int]], value: int, left: bool) -> Tensor:
+    longest = max(map(len, sequences))
+    gaps = [[value] * (longest - len(sequence)) for sequence in sequences]
+    return torch.tensor([gap + s if left else s + gap for gap, s in zip(gaps, sequences, strict=True)])
 
 
 def _until_end(tokens: list[int], task: Task) -> list[int]:

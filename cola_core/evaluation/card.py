@@ -90,7 +90,7 @@ def _title(facts: Facts) -> str:
 def _recipe(facts: Facts) -> str:
     links = [str(link["link"]) for link in facts.chain["links"]]
     rows = [[axis, *values] for axis, values in facts.axes.items()]
-    for key in ("steps", "tokens", "trainable_parameters"):
+    for key in ("steps", "tokens", "probe_tokens", "trainable_parameters"):
         if all(key in link for link in facts.chain["links"]):
             rows.append([key.replace("_", " "), *(f"{link[key]:,}" for link in facts.chain["links"])])
     return "## Recipe\n\n" + _table(["", *(f"link {k}" for k in links)], rows)

@@ -33,8 +33,8 @@ def draw_losses(folder: Path, losses: Sequence[Mapping[str, Any]]) -> None:
     for before, after in pairwise(losses):
         if before["link"] != after["link"]:
             axes.axvline(before["step"] + 0.5, color=GREY, ls="--", lw=1)
-            place = {"xycoords": ("data", "axes fraction"), "xytext": (3, -10), "textcoords": "offset points"}
-            axes.annotate(f"knot {before['link']}", (before["step"] + 0.5, 1), color=GREY, **place)
+            at, where = (before["step"] + 0.5, 1), ("data", "axes fraction")
+            axes.annotate(f"knot {before['link']}", at, (3, -10), where, "offset points", color=GREY)
     axes.set(xlabel="optimizer step", ylabel="loss", ylim=(0, None))
     axes.legend(frameon=False)
     _save(figure, folder / "losses")

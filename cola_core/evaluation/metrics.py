@@ -28,12 +28,13 @@ def summary(
 ) -> dict[str, float]:
     """n, mean loss, accuracy and macro-F1, each score with `_low` and `_high` of a percentile bootstrap over rows.
 
-    Macro-F1 is taken over the classes that occur in `gold`. Generated text has no classes: pass `classes=False`.
+    Macro-F1 is scikit-learn's: taken over the classes that occur in `gold` or `predicted`, in every resample anew.
+    Generated text has no classes: pass `classes=False`.
     """
-    names = sorted(set(gold))
+    names = sorted({*gold, *predicted})
     index = {name: i for i, name in enumerate(names)}
     true = np.array([index[g] for g in gold])
-    said = np.array([index.get(p, -1) for p in predicted])
+    said = np.array([index[p] for p in predicted])
     result = {"n": len(gold), "loss": float(np.mean(loss))}
     for name, statistic in STATISTICS if classes else STATISTICS[:1]:
         result |= _interval(name, statistic, true, said, config, seed)
@@ -76,13 +77,15 @@ def _accuracy(true: Ints, said: Ints, axis: int = -1) -> Any:
 
 
 def _macro_f1(true: Ints, said: Ints, axis: int = -1) -> Any:
-    """Mean over classes of 2 TP / (2 TP + FP + FN); a class absent from a resample counts as 0 there."""
-    scores = []
-    for label in range(int(true.max()) + 1):
+    """Mean of 2 TP / (2 TP + FP + FN) over the classes that occur, in truth or answer, along `axis`."""
+    total: Any = 0.0
+    classes: Any = 0
+    for label in range(max(int(true.max()), int(said.max())) + 1):
         hit = np.sum((true == label) & (said == label), axis=axis)
         seen = np.sum(true == label, axis=axis) + np.sum(said == label, axis=axis)
-        scores.append(2 * hit / np.maximum(seen, 1))
-    return np.mean(scores, axis=0)
+        total = total + 2 * hit / np.maximum(seen, 1)
+        classes = classes + (seen > 0)
+    return total / classes
 
 
 STATISTICS = (("accuracy", _accuracy), ("macro_f1", _macro_f1))
