@@ -113,6 +113,15 @@ def test_a_mistake_in_a_section_is_told_under_the_key_that_holds_it() -> None:
         check_params(raw)
 
 
+def test_trained_biases_need_a_wide_base() -> None:
+    raw = changed("machine.dtype", "bf16")
+    check_params(raw)
+    raw["link"]["bias"] = "lora"
+    raw["merge"] |= {"flat_adapter": False, "portable_adapter": False}
+    with pytest.raises(UserError, match=r"chain\.1: link\.bias 'lora' with machine\.dtype 'bf16'"):
+        check_params(raw)
+
+
 def test_a_uniform_rank_needs_as_many_sketch_rows() -> None:
     raw = changed("allocate", {**PARAMS["allocate"], "allocator": "uniform", "rank": 64})
     with pytest.raises(
