@@ -130,7 +130,9 @@ def _told(root: Path) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, InvalidArgumentError) and error.__cause__ else error
         if unknown := re.search(r"Could not (?:override|delete)[^']*'([^']+)'", str(cause)):
             raise UserError(f"override: {_unknown(unknown[1], read_yaml(root / 'params.yaml'))}") from None
-        raise UserError(f"override: {' '.join(str(cause).split('See http')[0].split())}") from None
+        override = getattr(cause, "override", None)  # known where a value has to be quoted
+        given = f" {override!r}" if override else ""
+        raise UserError(f"override{given}: {' '.join(str(cause).split('See http')[0].split())}") from None
 
 
 def _unknown(key: str, node: Any) -> str:

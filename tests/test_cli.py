@@ -71,6 +71,7 @@ REFUSED = [
     (["run", "-S", "link.step=3"], "did you mean 'steps'"),
     (["run", "-S", "chain.1.link.steps=3"], "schedule.horizon"),
     (["run", "-S", "link.steps=20"], "schedule.horizon"),
+    (["run", "-S", "fetch.model.asset=pypi:a==1/b"], "override 'fetch.model.asset=pypi:a==1/b': "),
     (["adopt", "nothing"], "no such workspace"),
     (["export", "somewhere"], "dvc repro merge"),
     (["inspect", "nowhere.csv"], "no such file"),
