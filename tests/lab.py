@@ -32,7 +32,8 @@ LINK = LinkConfig(
     activation_checkpointing=False,
 )  # fmt: skip
 PROFILE = ProfileConfig(
-    probe="one_batch", importance="mean_abs_wg", sketch=8, micro_batch=1, adaptive=False, tolerance=0.1,
+    probe="one_batch", importance="mean_abs_wg", sketch=8, micro_batch=1, row_share=0.25, adaptive=False,
+    tolerance=0.1,
     gap_radius=1.0, activation_checkpointing=False,
 )  # fmt: skip
 

@@ -192,3 +192,14 @@ def test_reused_ranks_start_later_links_from_random_pairs() -> None:
 @pytest.mark.parametrize(("word", "end"), [("sst", "did you mean 'sst2'?"), ("qqq", "allowed: sst2, rte")])
 def test_suggestions(word: str, end: str) -> None:
     assert suggest(word, ["sst2", "rte"]).endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("importance", "nuclear_g"), ("activation_checkpointing", True), ("adaptive", True)]
+)
+def test_what_a_sampled_probe_cannot_do_is_refused(key: str, value: Any) -> None:
+    raw = changed("profile.probe", "sampled")
+    check_params(copy.deepcopy(raw))
+    raw["profile"][key] = value
+    with pytest.raises(UserError, match=f"profile.{key}.* with profile.probe 'sampled'"):
+        check_params(raw)

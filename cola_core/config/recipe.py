@@ -45,17 +45,19 @@ class ScheduleConfig(Strict):
 class ProfileConfig(Strict):
     """Section `profile`.
 
-    probe: none = no gradient is taken; one_batch = one exact pass; accumulate = fp32 buffers over micro-batches.
+    probe: none = no gradient is taken; one_batch = one exact pass; accumulate = fp32 buffers over micro-batches;
+        sampled = `row_share` of every gradient's rows over micro-batches, the importance an estimate.
     importance: what a module's gradient G and weight W are reduced to (GoRA, section 3).
     sketch: rows of A_max kept for the initialiser, at least the largest rank (uniform: `allocate.rank`, gora: `r_max`).
     adaptive: accumulate only: stop once no module's importance moved by more than `tolerance` (after 3 batches).
     gap_radius: radius of the nuclear-norm ball in the Frank-Wolfe gap (COLA, section 4).
     """
 
-    probe: Literal["none", "one_batch", "accumulate"]
+    probe: Literal["none", "one_batch", "accumulate", "sampled"]
     importance: Literal["mean_abs_wg", "nuclear_wg", "nuclear_g"]
     sketch: int = Field(ge=1)
     micro_batch: int = Field(ge=1)
+    row_share: float = Field(gt=0, le=1)
     adaptive: bool
     tolerance: float = Field(gt=0)
     gap_radius: float = Field(gt=0)

@@ -1,0 +1,92 @@
+"""What the probe keeps of a module's mean gradient: importance (GoRA), sketch and Frank-Wolfe gap (COLA)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from cola_core.adapters import Pair
+from cola_core.axes.initialisers import draw_a
+from cola_core.config.recipe import ProfileConfig
+from cola_core.errors import UserError
+from cola_core.gap import frank_wolfe_gap
+
+__all__ = ["IMPORTANCE", "Modules", "Reducer", "as_matrix"]
+
+Modules = Mapping[str, nn.Module]
+
+# GoRA, section 3 and its ablation of the metric; W and G are out x in, G is averaged before the absolute value.
+IMPORTANCE: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "mean_abs_wg": lambda w, g: float((w * g).abs_().mean()),
+    "nuclear_wg": lambda w, g: float(torch.linalg.svdvals(w * g).sum()),
+    "nuclear_g": lambda w, g: float(torch.linalg.svdvals(g).sum()),
+}
+
+
+class Reducer:
+    """Turns mean gradients into the few numbers that are kept, one module at a time.
+
+    found: module -> {importance, gradient_norm, gap, update_nuclear_norm, gap_valid}; sketches: module -> S.
+    """
+
+    def __init__(
+        self,
+        modules: Modules,
+        earlier: Mapping[str, Sequence[Pair]],
+        config: ProfileConfig,
+        stream: tuple[int, int],
+    ) -> None:
+        self.modules, self.earlier, self.config, self.stream = modules, earlier, config, stream
+        self.found: dict[str, dict[str, Any]] = {}
+        self.sketches: dict[str, Tensor] = {}
+
+    def whole(self, name: str, gradient: Tensor) -> None:
+        """Reduce G, out x in, the mean over all probe rows.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        gradient = wide(gradient)
+        norm = self.finite(name, float(gradient.norm()))
+        self.keep(name, gradient @ self.a_max(name).to(gradient).T, self.importance(name, gradient), norm, gradient)
+
+    def keep(self, name: str, sketch: Tensor, importance: float, norm: float, gradient: Tensor) -> None:
+        """Note what was found for one module; the gap is taken of `gradient`, G itself or what stands for it."""
+        self.sketches[name] = sketch.cpu()
+        gap = frank_wolfe_gap(gradient, self.earlier.get(name, ()), self.config.gap_radius)
+        self.found[name] = {"importance": importance, "gradient_norm": norm, **gap}
+
+    def importance(self, name: str, gradient: Tensor) -> float:
+        """The recipe's importance of one module."""
+        return IMPORTANCE[self.config.importance](self.weight(name).to(gradient), gradient)
+
+    def weight(self, name: str) -> Tensor:
+        """W, out x in."""
+        module = self.modules[name]
+        return as_matrix(module, module.weight.detach())  # type: ignore[union-attr, operator]
+
+    def a_max(self, name: str) -> Tensor:
+        """A_max, rows x in, drawn anew from its seed: the initialiser draws the same."""
+        out, columns = self.weight(name).shape
+        return draw_a(*self.stream, name, min(self.config.sketch, out, columns), columns)
+
+    def finite(self, name: str, norm: float) -> float:
+        """The norm of a gradient, if it is one."""
+        if not math.isfinite(norm):
+            raise UserError(f"probe: the gradient of {name} is not finite; check the data, or use machine.dtype=fp32")
+        return norm
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight-shaped tensor as out x in."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float32, or float64 where it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
