@@ -1,4 +1,4 @@
-"""Prepared rows, the order in which they are read, and the tensors a model is given.
+"""The tensors a model is given for a group of rows.
 
 A row is a prompt with one or more continuations to be scored (the right answer alone, or every candidate). For a causal
 model all continuations of a row share one prompt: their tokens follow it as branches that see the prompt and themselves
@@ -9,55 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cola_core.errors import UserError
-from cola_core.files import read_json
-from cola_core.seeds import derive
+from cola_core.rows import Row, Task
 
-__all__ = ["Batch", "Row", "Task", "group_by_length", "order", "read_rows"]
-
-OVERHEAD = 64  # what one more forward and backward costs, in tokens of padding; measured on two cores, a 135 M model
-
-
-@dataclass(frozen=True)
-class Task:
-    """task.json: how rows of this task are trained and scored."""
-
-    kind: str
-    loss: str
-    score: str
-    labels: list[str]
-    candidates: list[list[int]]
-    pad: int
-    end: int | None
-    start: int | None
-    max_new_tokens: int
-    extract: str | None
-
-    @classmethod
-    def read(cls, path: Path) -> Task:
-        """Read task.json; raises UserError where a field is missing."""
-        content = read_json(path)
-        missing = [f.name for f in fields(cls) if f.name not in content]
-        if missing:
-            raise UserError(f"{path}: {missing[0]}: missing; run `dvc repro prepare`")
-        return cls(**{f.name: content[f.name] for f in fields(cls)})
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prepared example: token ids of the prompt and of the supervised answer, and the index of its label."""
-
-    id: str
-    prompt: list[int]
-    answer: list[int]
-    label: int
-    reference: str
+__all__ = ["COLLATE", "Batch", "mask_of", "pad"]
 
 
 @dataclass
@@ -89,73 +48,18 @@ class Batch:
         return Batch(**moved)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read one prepared split.
-
-    Raises:
-        UserError: the file is missing, truncated or not a prepared split.
-    """
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
-            rows = reader.read_all().to_pylist()
-        return [Row(**row) for row in rows]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc repro prepare`, or `dvc checkout`") from None
-    except (pa.ArrowInvalid, OSError, TypeError) as error:
-        raise UserError(f"{path}: not a prepared split ({error}); restore it with `dvc checkout`") from None
-
-
-def order(rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
-    """Rows of every step: seeded epochs that follow one another without a gap, so none is read twice before all once.
-
-    Steps are not sorted by length: where lengths differ between classes that would make steps of one class.
-
-    Returns:
-        `steps` lists of `batch` row indices.
-    """
-    generator = torch.Generator().manual_seed(derive(seed, "order"))
-    stream: list[int] = []
-    while len(stream) < steps * batch:
-        stream += torch.randperm(rows, generator=generator).tolist()
-    return [stream[i * batch : (i + 1) * batch] for i in range(steps)]
-
-
-def group_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Cut the rows of a step, sorted by length, into groups of at most `size` that cost least.
-
-    A group costs its padded tokens plus OVERHEAD; the loss is a sum, so how a step is cut changes no gradient.
-
-    Args:
-        lengths: tokens of every row.
-
-    Returns:
-        indices into `lengths`, shortest rows first.
-    """
-    ranked = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    best: list[tuple[int, int]] = [(0, 0)]  # (cost, where the last group starts) of the first `end` rows
-    for end in range(1, len(ranked) + 1):
-        longest = lengths[ranked[end - 1]]
-        starts = range(max(0, end - size), end)
-        best.append(min((best[start][0] + (end - start) * longest + OVERHEAD, start) for start in starts))
-    groups, end = [], len(ranked)
-    while end:
-        start = best[end][1]
-        groups.append(ranked[start:end])
-        end = start
-    return groups[::-1]
-
-
-def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Right-pad token lists to one n x longest tensor."""
+def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    """Pad token lists, on the right unless asked otherwise, to one n x longest tensor."""
     longest = max(len(s) for s in sequences)
-    return torch.tensor([[*s, *[value] * (longest - len(s))] for s in sequences], dtype=torch.long)
+    gaps = [[value] * (longest - len(s)) for s in sequences]
+    return torch.tensor(
+        [[*gap, *s] if left else [*s, *gap] for gap, s in zip(gaps, sequences, strict=True)], dtype=torch.long
+    )
 
 
-def mask_of(sequences: Sequence[Sequence[int]]) -> Tensor:
+def mask_of(sequences: Sequence[Sequence[int]], left: bool = False) -> Tensor:
     """1 where a token of the sequence stands, 0 where padding does: by position, never by token id."""
-    return pad([[1] * len(s) for s in sequences], 0)
+    return pad([[1] * len(s) for s in sequences], 0, left)
 
 
 Continuations = Sequence[Sequence[Sequence[int]]]

@@ -6,7 +6,7 @@ by whoever opens the chain next; `run_link` proves beforehand that tying it chan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,18 @@ from cola_core.adapters import Pair, add_pair, attach, detach
 from cola_core.axes.bases import BASES
 from cola_core.axes.initialisers import INITIALISERS, Start
 from cola_core.axes.parametrisations import PARAMETRISATIONS
-from cola_core.batches import Row, Task
 from cola_core.chain import Link, tie
 from cola_core.checkpoints import Progress
 from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.models import adaptable, head_parameters, load_base, place, weight_shape
+from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
-from cola_core.train import Course, Report, train_link
+from cola_core.train import Course, Training
 
 __all__ = ["LinkJob", "open_chain", "run_link", "sample_scores"]
+
+Report = Callable[[dict[str, Any]], None]
 
 KNOT_ROWS = 8  # validation rows whose scores must not move when the knot is tied
 
@@ -61,6 +63,9 @@ class LinkJob:
 def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter, dict[str, Any], Progress]:
     """Train one link and check its knot.
 
+    Args:
+        report: called after each step with {step, steps, loss, learning_rate, tokens, validation}.
+
     Returns:
         the adapter, the content of link.json, and the losses.
 
@@ -75,11 +80,14 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
     layers = attach(model, pairs, job.config.dropout, bias=job.config.bias == "lora")
     offset = sum(link.record["link_section"]["steps"] for link in job.chain[1:])
     course = Course(job.config, job.schedule, job.seed, number, offset, job.checkpoint)
-    progress = train_link(objective, layers, job.train, job.validation, course, report)
+    training = Training(objective, layers, job.train, job.validation, course)
+    for event in training:
+        report({**event, "steps": job.config.steps})
     rows = job.validation[:KNOT_ROWS]
     scores = sample_scores(objective, rows)
     adapter = _adapter(model, job)
-    del objective, model, layers
+    progress = training.progress
+    del objective, model, layers, training
     return adapter, _record(job, adapter, progress, _check_knot(job, adapter, scores, rows)), progress
 
 

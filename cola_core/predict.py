@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from cola_core.assets.base import base_folder, find_base
-from cola_core.batches import Row, Task
 from cola_core.chain import read_chain, tie
 from cola_core.config.base import parse
 from cola_core.config.recipe import MachineConfig
@@ -22,6 +21,7 @@ from cola_core.errors import RetryError, UserError
 from cola_core.evaluation.answers import answer
 from cola_core.files import read_json, tree_hash
 from cola_core.models import load_base, place
+from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
 
 __all__ = ["Predictor"]

@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from cola_core.adapters import Pair
-from cola_core.batches import Row
 from cola_core.config.recipe import ProfileConfig
 from cola_core.errors import UserError
 from cola_core.reduction import Modules, Reducer, as_matrix, wide
+from cola_core.rows import Row
 from cola_core.sampled import SampledGradient, both_ends
 from cola_core.scoring import Objective
 
@@ -66,8 +66,8 @@ def probe(
         raise UserError(
             f"probe: {missing[0]} and {len(missing) - 1} more modules got no gradient; leave them out of targets"
         )
-    found, sketches = ({name: kept[name] for name in modules} for kept in (reduce.found, reduce.sketches))
-    return Profile(found, sketches, loss / units, seen, tokens)  # in model order; gradients arrive last layer first
+    found = {name: reduce.found[name] for name in modules}  # model order; gradients arrive last layer first
+    return Profile(found, {name: reduce.sketches[name] for name in modules}, loss / units, seen, tokens)
 
 
 def _prepare(objective: Objective, config: ProfileConfig) -> None:
@@ -168,7 +168,10 @@ def _on_gradient(modules: Modules, receive: Callable[[str, Tensor], None]) -> It
         return take
 
     weights: dict[str, Tensor] = {name: module.weight for name, module in modules.items()}  # type: ignore[misc]
-    handles = [w.requires_grad_(True).register_post_accumulate_grad_hook(hook(n)) for n, w in weights.items()]
+    handles = []
+    for name, weight in weights.items():
+        weight.requires_grad_(True)
+        handles.append(weight.register_post_accumulate_grad_hook(hook(name)))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

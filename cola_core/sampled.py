@@ -92,7 +92,7 @@ def both_ends(modules: Modules, receive: Callable[[str, Tensor, Tensor], None]) 
             inputs[name] = args[0].detach()
             if not output.requires_grad:
                 output.requires_grad_(True)
-            output.register_hook(lambda dy: receive(name, flat(inputs.pop(name)), flat(dy)))
+            output.register_hook(lambda dy: receive(name, flat(inputs.pop(name)), flat(dy)))  # type: ignore[no-untyped-call]
 
         return ended
 

@@ -12,9 +12,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from cola_core.batches import COLLATE, Batch, Row, Task
+from cola_core.batches import COLLATE, Batch
+from cola_core.rows import Row, Task
 
-__all__ = ["Objective", "batches_of"]
+__all__ = ["Objective"]
 
 
 class Objective(nn.Module):
@@ -79,12 +80,6 @@ class Objective(nn.Module):
         with _only_positions(self.model, batch):
             logits = FORWARD[self.kind](self.model, batch.inputs)
         return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def batches_of(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
-    """Indices of rows, shortest first, `size` at a time, so that little is padded."""
-    ordered = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].answer), i))
-    return (ordered[i : i + size] for i in range(0, len(ordered), size))
 
 
 @contextmanager

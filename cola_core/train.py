@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from cola_core.adapters import LoRA
 from cola_core.axes.schedules import learning_rate_factor
 from cola_core.axes.updates import build_optimizer
-from cola_core.batches import Row, group_by_length, order
 from cola_core.checkpoints import Progress, load_checkpoint, save_checkpoint
 from cola_core.config.recipe import LinkConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.models import head_parameters
-from cola_core.scoring import Objective, batches_of
+from cola_core.rows import Row, group_by_length, order
+from cola_core.scoring import Objective
 from cola_core.seeds import derive
 
-__all__ = ["Course", "train_link", "trained_parameters"]
-
-Report = Callable[[dict[str, Any]], None]
+__all__ = ["Course", "Training", "mean_loss", "trained_parameters"]
 
 
 @dataclass(frozen=True)
@@ -46,105 +44,108 @@ class Course:
     checkpoint: Path | None = None
 
 
-def train_link(
-    objective: Objective,
-    layers: Mapping[str, LoRA],
-    train: Sequence[Row],
-    validation: Sequence[Row],
-    course: Course,
-    report: Report = lambda event: None,
-) -> Progress:
-    """Train the attached layers (and an encoder's head) in place, from the last checkpoint if there is one.
+class Training:
+    """One link's training as an iterable: every step that is taken yields what happened in it.
 
-    Args:
-        layers: module -> its layer, from `attach`.
-        report: called after each step with {step, steps, loss, learning_rate, tokens, validation}.
-
-    Returns:
-        what happened; the layers hold the adapter that `config.keep` asks for.
-
-    Raises:
-        UserError: the loss or a gradient stopped being finite; says at which step and what to try.
+    {step, loss, learning_rate, tokens, validation}; validation is None between validations. After the last step the
+    layers hold the adapter that `config.keep` asks for. A step that was taken before the last checkpoint is not
+    repeated.
     """
-    config = course.config
-    accelerator = Accelerator(cpu=objective.model.device.type == "cpu")
-    named = {name: parameter for name, _, parameter in trained_parameters(objective.model, layers)}
-    optimizer = build_optimizer(trained_parameters(objective.model, layers), config)
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
-    torch.manual_seed(derive(course.seed, course.link, "dropout"))
-    progress = load_checkpoint(course.checkpoint, named, optimizer) if course.checkpoint else Progress()
-    plan = order(len(train), config.batch, config.steps, derive(course.seed, course.link, "data"))
-    for step in range(progress.step, config.steps):
-        if config.patience is not None and progress.waiting >= config.patience:
-            break
-        rows = [train[i] for i in plan[step]]
-        event = _step(accelerator, wrapped, optimizer, objective, rows, named, course, step)
-        progress.step, progress.tokens = step + 1, progress.tokens + event["tokens"]
-        if progress.step % config.validate_every == 0 or progress.step == config.steps:
-            event["validation"] = mean_loss(objective, validation, config.micro_batch)
-            _keep_best(progress, event["validation"], named)
-        progress.losses.append(event)
-        report({**event, "steps": config.steps})
-        if course.checkpoint and progress.step % config.checkpoint_every == 0:
-            save_checkpoint(course.checkpoint, progress, named, optimizer)
-    if config.keep == "best" and progress.best:
-        _restore(named, progress.best)
-    objective.eval()
-    return progress
+
+    def __init__(
+        self,
+        objective: Objective,
+        layers: Mapping[str, LoRA],
+        train: Sequence[Row],
+        validation: Sequence[Row],
+        course: Course,
+    ) -> None:
+        config = course.config
+        self.objective, self.train, self.validation, self.course = objective, train, validation, course
+        self.accelerator = Accelerator(cpu=objective.model.device.type == "cpu")
+        self.named = {name: parameter for name, _, parameter in trained_parameters(objective.model, layers)}
+        optimizer = build_optimizer(trained_parameters(objective.model, layers), config)
+        self.wrapped, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        torch.manual_seed(derive(course.seed, course.link, "dropout"))
+        kept = course.checkpoint
+        self.progress = load_checkpoint(kept, self.named, self.optimizer) if kept else Progress()
+        self.plan = order(len(train), config.batch, config.steps, derive(course.seed, course.link, "data"))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Train to the end.
+
+        Raises:
+            UserError: the loss or a gradient stopped being finite; says at which step and what to try.
+        """
+        config, progress = self.course.config, self.progress
+        for step in range(progress.step, config.steps):
+            if config.patience is not None and progress.waiting >= config.patience:
+                break
+            event = self._step(step, [self.train[i] for i in self.plan[step]])
+            progress.step, progress.tokens = step + 1, progress.tokens + event["tokens"]
+            if progress.step % config.validate_every == 0 or progress.step == config.steps:
+                event["validation"] = mean_loss(self.objective, self.validation, config)
+                _keep_best(progress, event["validation"], self.named)
+            progress.losses.append(event)
+            yield event
+            if self.course.checkpoint and progress.step % config.checkpoint_every == 0:
+                save_checkpoint(self.course.checkpoint, progress, self.named, self.optimizer)
+        if config.keep == "best" and progress.best:
+            _restore(self.named, progress.best)
+        self.objective.eval()
+
+    def _step(self, step: int, rows: Sequence[Row]) -> dict[str, Any]:
+        """One optimizer step over `rows`; the loss is normalised by the supervised units of the whole step."""
+        config, accelerator = self.course.config, self.accelerator
+        self.objective.train(config.dropout > 0 or config.base_dropout > 0 or config.activation_checkpointing)
+        factor = learning_rate_factor(step, self.course.offset, self.course.schedule, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        mine = rows[accelerator.process_index :: accelerator.num_processes]
+        mean, tokens = self._gradients(mine)
+        _check_finite(mean, self.named, self.course, step)
+        if config.clip is not None:
+            accelerator.clip_grad_norm_(list(self.named.values()), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {
+            "step": step + 1,
+            "loss": mean,
+            "learning_rate": config.learning_rate * factor,
+            "tokens": tokens,
+            "validation": None,
+        }
+
+    def _gradients(self, mine: Sequence[Row]) -> tuple[float, int]:
+        """Accumulate the gradient of the mean loss over this process's rows, group by group of similar length.
+
+        Returns:
+            mean loss and tokens of the whole step, over all processes.
+        """
+        config, accelerator, objective = self.course.config, self.accelerator, self.objective
+        groups = group_by_length(mine, config.micro_batch, config.micro_tokens)
+        batches = [objective.training_batch([mine[i] for i in group]) for group in groups]
+        counts = torch.tensor(
+            [sum(map(objective.units, batches)), sum(b.tokens for b in batches)], device=accelerator.device
+        )
+        units, tokens = (int(n) for n in accelerator.reduce(counts, "sum"))
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            loss = self.wrapped(batch)
+            # DDP averages gradients over processes; units are already summed over them.
+            accelerator.backward(loss * accelerator.num_processes / units)
+            total += loss.detach().double().cpu()
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total.to(accelerator.device), "sum")
+        return float(total) / units, tokens
 
 
-def _step(
-    accelerator: Accelerator,
-    wrapped: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    rows: Sequence[Row],
-    named: Mapping[str, Parameter],
-    course: Course,
-    step: int,
-) -> dict[str, Any]:
-    """One optimizer step over `rows`; the loss is normalised by the supervised units of the whole step."""
-    config = course.config
-    objective.train(config.dropout > 0 or config.base_dropout > 0 or config.activation_checkpointing)
-    factor = learning_rate_factor(step, course.offset, course.schedule, config)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-    mine = rows[accelerator.process_index :: accelerator.num_processes]
-    groups = group_by_length([len(row.prompt) + len(row.answer) for row in mine], config.micro_batch)
-    batches = [objective.training_batch([mine[i] for i in group]) for group in groups]
-    counts = torch.tensor(
-        [sum(map(objective.units, batches)), sum(b.tokens for b in batches)], device=accelerator.device
-    )
-    units, tokens = (int(n) for n in accelerator.reduce(counts, "sum"))
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in batches:
-        loss = wrapped(batch)
-        # DDP averages gradients over processes; units are already summed over them.
-        accelerator.backward(loss * accelerator.num_processes / units)
-        total += loss.detach().double().cpu()
-    if accelerator.num_processes > 1:
-        total = accelerator.reduce(total.to(accelerator.device), "sum")
-    mean = float(total) / units
-    _check_finite(mean, named, course, step)
-    if config.clip is not None:
-        accelerator.clip_grad_norm_(list(named.values()), config.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return {
-        "step": step + 1,
-        "loss": mean,
-        "learning_rate": config.learning_rate * factor,
-        "tokens": tokens,
-        "validation": None,
-    }
-
-
-def mean_loss(objective: Objective, rows: Sequence[Row], size: int) -> float:
+def mean_loss(objective: Objective, rows: Sequence[Row], config: LinkConfig) -> float:
     """Mean training loss over `rows`, in eval mode, without gradients."""
     objective.eval()
     total, units = 0.0, 0
     with torch.no_grad():
-        for indices in batches_of(rows, size):
+        for indices in group_by_length(rows, config.micro_batch, config.micro_tokens):
             batch = objective.training_batch([rows[i] for i in indices])
             total, units = total + float(objective(batch)), units + objective.units(batch)
     return total / units

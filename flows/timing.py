@@ -53,7 +53,7 @@ def measure(root: Path, params: Params, machines: list[MachineConfig]) -> Iterat
     """
     import torch
 
-    from cola_core.batches import Task, read_rows
+    from cola_core.rows import Task, read_rows
     from cola_core.scoring import Objective
 
     config = LinkConfig(**{**params.link, **params.chain["1"].link})

@@ -10,9 +10,9 @@ from tasks.progress import progress
 from tasks.stage import Context
 
 if TYPE_CHECKING:
-    from cola_core.batches import Row, Task
     from cola_core.chain import Link
     from cola_core.evaluation.answers import Answers
+    from cola_core.rows import Row, Task
 
 __all__ = ["BASE", "PREPARED", "answers_of", "test_sample"]
 
@@ -21,9 +21,9 @@ BASE, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare"
 
 def test_sample(context: Context) -> tuple[Task, list[Row]]:
     """The task and the rows that every model of this run is scored on."""
-    from cola_core.batches import Task, read_rows
     from cola_core.config.report import EvaluateConfig
     from cola_core.evaluation.answers import sample
+    from cola_core.rows import Task, read_rows
 
     config = context.section(EvaluateConfig, "evaluate")
     rows = sample(read_rows(PREPARED / "test.arrow"), config.rows, context.value("seed"))
@@ -39,7 +39,7 @@ def answers_of(context: Context, name: str, chain: Sequence[Link], task: Task, r
     from cola_core.evaluation.answers import answer
     from cola_core.links import open_chain
 
-    size = context.section(EvaluateConfig, "evaluate").batch
+    config = context.section(EvaluateConfig, "evaluate")
     objective = open_chain(BASE, chain, task, context.section(MachineConfig, "machine"))
     tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
 
@@ -47,7 +47,8 @@ def answers_of(context: Context, name: str, chain: Sequence[Link], task: Task, r
         return answer(
             objective,
             rows,
-            size,
+            config.batch,
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             lambda done, total, tokens: tick(done, total, tokens, ""),
+            config.batch_tokens,
         )

@@ -16,10 +16,10 @@ BASE, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare"
 
 def main(context: Context) -> Done:
     """Write head.json (an empty record for language models) and link 0."""
-    from cola_core.batches import Task
     from cola_core.chain import write_root
     from cola_core.files import new_dir, write_json
     from cola_core.models import base_manifest
+    from cola_core.rows import Task
 
     task = Task.read(PREPARED / "task.json")
     head: dict[str, Tensor] = {}
@@ -34,11 +34,11 @@ def main(context: Context) -> Done:
 
 
 def _fit(context: Context, task: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from cola_core.batches import read_rows
     from cola_core.config.recipe import MachineConfig
     from cola_core.config.task import HeadConfig
     from cola_core.head import fit_head
     from cola_core.models import load_base, place
+    from cola_core.rows import read_rows
     from cola_core.scoring import Objective
 
     machine = context.section(MachineConfig, "machine")

@@ -48,9 +48,9 @@ def main(context: Context) -> Done:
 def _merge(chain: list[Link], machine: MachineConfig, checkpoint: Path | None) -> dict[int, dict[str, float]]:
     """Merge in the master dtype, cast once, and save what `from_pretrained` loads; returns the errors per link."""
     from cola_core.assets.saving import drop_noise
-    from cola_core.batches import Task
     from cola_core.chain import tie
     from cola_core.models import load_base, save_merged
+    from cola_core.rows import Task
 
     labels = Task.read(TASK).labels
     model = load_base(BASE, machine, len(labels))

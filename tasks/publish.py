@@ -37,9 +37,10 @@ def publish(store: Store, release: Release, card: str) -> str:
     Raises:
         UserError: the artifacts hold another chain than the release.
     """
-    version = _find(store, release) or _new_version(store, release, card)
-    for key, value in _tags(release).items():  # the scores of the evaluation that stands now
+    version = _find(store, release)
+    for key, value in _tags(release).items() if version else ():  # the scores of the evaluation that stands now
         store.client.set_model_version_tag(release.name, version, key, value)
+    version = version or _new_version(store, release, card)
     store.client.set_registered_model_alias(release.name, ALIAS, version)
     return version
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from cola_core.assets.base import base_folder
-from cola_core.batches import Row, Task
 from cola_core.chain import Link, read_chain, write_link, write_root
 from cola_core.config.recipe import LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
 from cola_core.links import LinkJob, open_chain, run_link
 from cola_core.models import adaptable, head_parameters, weight_shape
+from cola_core.rows import Row, Task
 
 KINDS = {"llama": "causal", "opt": "causal", "gpt2": "causal", "t5": "seq2seq", "bert": "encoder"}
 FAMILIES = list(KINDS)
@@ -26,7 +26,7 @@ FP64 = MachineConfig(device="cpu", threads=1, dtype="fp64")
 FP32 = MachineConfig(device="cpu", threads=1, dtype="fp32")
 LINK = LinkConfig(
     initialiser="kaiming", parametrisation="plain", update="adamw", alpha=16.0, gamma=0.05, dropout=0.0,
-    base_dropout=0.0, bias="none", steps=6, batch=4, micro_batch=4, learning_rate=5e-3, ratio=16.0,
+    base_dropout=0.0, bias="none", steps=6, batch=4, micro_batch=4, micro_tokens=None, learning_rate=5e-3, ratio=16.0,
     head_learning_rate=1e-3, betas=[0.9, 0.999], epsilon=1e-8, weight_decay=0.01, clip=1.0, warmup=0.2,
     decay="linear", floor=0.0, keep="last", validate_every=3, patience=None, checkpoint_every=2,
     activation_checkpointing=False,

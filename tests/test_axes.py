@@ -17,9 +17,9 @@ from cola_core.axes.initialisers import INITIALISERS
 from cola_core.axes.parametrisations import PARAMETRISATIONS
 from cola_core.axes.schedules import SCHEDULES, learning_rate_factor
 from cola_core.axes.updates import UPDATES, build_optimizer
-from cola_core.batches import OVERHEAD, group_by_length, order
 from cola_core.config import recipe
 from cola_core.config.recipe import AllocateConfig, ScheduleConfig
+from cola_core.rows import OVERHEAD, Row, group_by_length, order
 from tests.lab import LINK
 
 UNIFORM = AllocateConfig(allocator="uniform", rank=8, r_min=4, r_max=32, features="sqrt")
@@ -117,9 +117,10 @@ def test_order_reads_every_row_once_per_epoch(rows: int, batch: int, steps: int,
     assert plan == order(rows, batch, steps, seed)
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 9))
-def test_groups_cost_least_of_all_cuts(lengths: list[int], size: int) -> None:
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 9), st.none() | st.integers(300, 1000))
+def test_groups_cost_least_of_all_cuts(lengths: list[int], size: int, tokens: int | None) -> None:
     ranked = sorted(lengths)
+    rows = [Row("", [1] * (length - 1), [1], 0, "") for length in lengths]
 
     def cost(groups: list[list[int]]) -> int:
         return sum(len(group) * max(group) + OVERHEAD for group in groups)
@@ -132,7 +133,17 @@ def test_groups_cost_least_of_all_cuts(lengths: list[int], size: int) -> None:
                 groups.append(ranked[last:end])
                 last = end
         cuts.append(groups)
-    allowed = [cost(groups) for groups in cuts if max(map(len, groups)) <= size]
-    found = group_by_length(lengths, size)
+    padded = [max(len(group) * max(group) for group in groups) for groups in cuts]
+    allowed = [
+        cost(groups)
+        for groups, most in zip(cuts, padded, strict=True)
+        if max(map(len, groups)) <= size and (tokens is None or most <= tokens)
+    ]
+    found = group_by_length(rows, size, tokens)
     assert sorted(i for group in found for i in group) == list(range(len(lengths)))
     assert cost([[lengths[i] for i in group] for group in found]) == min(allowed)
+
+
+def test_a_row_longer_than_the_token_budget_is_a_group_of_its_own() -> None:
+    rows = [Row("", [1] * length, [1], 0, "") for length in (99, 9, 9)]
+    assert group_by_length(rows, 8, 50) == [[1, 2], [0]]

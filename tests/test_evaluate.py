@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from transformers import BartConfig, BartForConditionalGeneration
 
-from cola_core.batches import Row, Task
 from cola_core.config.report import EvaluateConfig
 from cola_core.config.task import HeadConfig
 from cola_core.errors import UserError
@@ -23,10 +22,11 @@ from cola_core.evaluation.answers import answer, normalise, sample, write_predic
 from cola_core.evaluation.metrics import STATISTICS, confusion, majority, summary
 from cola_core.head import fit_head
 from cola_core.links import open_chain
+from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
 from tests.lab import FAMILIES, FP32, FP64, KINDS, base_of, root_of, rows_of, task_of
 
-CONFIG = EvaluateConfig(rows="all", prefixes=True, batch=4, resamples=200, confidence=0.95)
+CONFIG = EvaluateConfig(rows="all", prefixes=True, batch=4, batch_tokens=None, resamples=200, confidence=0.95)
 WORDS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abcd")), min_size=4, max_size=60)
 
 

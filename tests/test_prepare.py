@@ -19,6 +19,7 @@ from cola_core.config.task import PrepareConfig
 from cola_core.data.inspection import inspect_file
 from cola_core.errors import UserError
 from cola_core.files import tree_hash, write_json
+from cola_core.rows import Row, read_rows
 from tasks import prepare
 from tasks.stage import Context
 
@@ -31,6 +32,17 @@ SECTION: dict[str, Any] = {
     "train": 20, "validation": 6, "probe": 4, "test": None, "duplicates": "drop_from_train",
 }  # fmt: skip
 WORDS = ["the", "film", "is", "a", "story", "of", "some", "people", "who", "walk", "and", "never", "stop"]
+
+
+def assert_reads_like(rows: list[dict[str, Any]], path: Path) -> None:
+    """A split read row by row from its mapped file is the list it was written from."""
+    split = read_rows(path)
+    expected = [Row(**row) for row in rows]
+    assert len(split) == len(rows) and list(split) == expected
+    assert [split[i] for i in (0, -1, 3)] == [expected[i] for i in (0, -1, 3)]
+    assert split[2:5] == expected[2:5] and split[-2:] == expected[-2:]
+    with pytest.raises(IndexError):
+        split[len(rows)]
 
 
 def checkout(folder: Path, family: str = "llama") -> None:
@@ -98,6 +110,7 @@ def test_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str,
     assert train.schema.types == [pa.string(), pa.list_(pa.int32()), pa.list_(pa.int32()), pa.int32(), pa.string()]
     assert train.column("id").num_chunks == 1
     rows = train.to_pylist()
+    assert_reads_like(rows, out / "train.arrow")
     assert manifest["probe"] == table(out / "probe.arrow").column("id").to_pylist()
     assert set(manifest["probe"]) <= {row["id"] for row in rows}
     for row in rows:
@@ -243,3 +256,11 @@ def test_every_task_file_is_whole(path: Path) -> None:
     assert content["task"] == path.stem
     for asset in filter(None, content["fetch"]["data"].values()):
         assert "@main" not in asset["asset"], "a branch moves"
+
+
+def test_another_table_is_no_split(tmp_path: Path) -> None:
+    other = pa.table({"id": ["a"], "text": ["b"]})
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as sink, pa.ipc.new_stream(sink, other.schema) as out:
+        out.write_table(other)
+    with pytest.raises(UserError, match=r"not a prepared split \(columns id, text\)"):
+        read_rows(tmp_path / "x.arrow")

@@ -98,8 +98,8 @@ def test_the_sampled_probe_estimates_importance_and_holds_only_its_rows(seed: in
     assert isinstance(sampled.part, torch.Tensor) and sampled.part.shape == (64 * share, 48)
     sampled.finish(1)
     exact = IMPORTANCE["mean_abs_wg"](module.weight.detach(), dy.T @ x)
-    assert sampled.reduce.found["m"]["importance"] == pytest.approx(exact, rel=0.2)
-    assert sampled.reduce.found["m"]["gradient_norm"] == pytest.approx(float((dy.T @ x).norm()), rel=0.35)
+    assert sampled.reduce.found["m"]["importance"] == pytest.approx(exact, rel=0.15 / math.sqrt(share))
+    assert sampled.reduce.found["m"]["gradient_norm"] == pytest.approx(float((dy.T @ x).norm()), rel=0.6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

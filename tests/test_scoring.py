@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cola_core.batches import Row
 from cola_core.links import open_chain
+from cola_core.rows import Row
 from cola_core.train import mean_loss
-from tests.lab import CANDIDATES, FAMILIES, FP64, KINDS, base_of, root_of, rows_of, task_of
+from tests.lab import CANDIDATES, FAMILIES, FP64, KINDS, LINK, base_of, root_of, rows_of, task_of
 
 
 def plain_scores(model: Any, family: str, rows: list[Row]) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_scores_and_both_losses(family: str, tmp_path: Path) -> None:
         objective.task = task_of(family, "candidates")
         loss = functional.cross_entropy(expected, labels, reduction="sum")
         assert float(objective(objective.training_batch(rows))) == pytest.approx(float(loss), abs=tolerance * 10)
-        assert mean_loss(objective, rows, 4) == pytest.approx(float(loss) / 9, abs=tolerance * 10)
+        assert mean_loss(objective, rows, LINK) == pytest.approx(float(loss) / 9, abs=tolerance * 10)
 
 
 @pytest.mark.parametrize("loss", ["answer", "candidates"])

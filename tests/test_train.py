@@ -32,9 +32,11 @@ def learned(job: Any) -> dict[str, torch.Tensor]:
 def test_accumulated_micro_batches_are_one_batch(family: str, tmp_path: Path) -> None:
     chain = root_of(family, tmp_path)
     tolerance = 1e-5 if family == "t5" else 1e-8
-    whole, parts = (learned(job_of(family, chain, micro_batch=size, epsilon=1e-3)) for size in (4, 1))
+    cuts = [{"micro_batch": 4}, {"micro_batch": 1}, {"micro_tokens": 20}]
+    whole, *others = (learned(job_of(family, chain, epsilon=1e-3, **cut)) for cut in cuts)
     for name, b in whole.items():
-        torch.testing.assert_close(parts[name], b, atol=tolerance, rtol=0)
+        for parts in others:
+            torch.testing.assert_close(parts[name], b, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,17 +51,14 @@ def test_activation_checkpointing_changes_nothing(family: str, tmp_path: Path) -
 def test_best_is_kept_and_patience_stops(tmp_path: Path, monkeypatch: Any) -> None:
     seen = iter([0.5, 0.3, math.nan, 0.4, 0.35])
     monkeypatch.setattr(train, "mean_loss", lambda *_: next(seen))
-    kept: list[torch.Tensor] = []
-
-    def watch(event: dict[str, Any]) -> None:
-        kept.append(layer.B.detach().clone())
-
     job = job_of("llama", root_of("llama", tmp_path), steps=12, validate_every=2, keep="best", patience=3)
     objective = open_chain(job.base, job.chain, job.task, job.machine)
     layers = attach(objective.model, initial_pairs(objective.model, job, 1))
     layer = next(iter(layers.values()))
     course = train.Course(job.config, job.schedule, job.seed, 1)
-    progress = train.train_link(objective, layers, job.train, job.validation, course, watch)
+    training = train.Training(objective, layers, job.train, job.validation, course)
+    kept = [layer.B.detach().clone() for _ in training]
+    progress = training.progress
     assert (progress.step, progress.best_step, progress.best_loss) == (10, 4, 0.3)
     assert torch.equal(layer.B, kept[3]), "the adapter of step 4 is the one that stays"
 

@@ -23,6 +23,7 @@ class EvaluateConfig(Strict):
     """Section `evaluate`.
 
     rows: of the test file, a seeded class-stratified sample, or all of them.
+    batch, batch_tokens: rows, and padded tokens (null = any number), computed at once at most.
     prefixes: score every prefix of the chain, not only the whole.
     resamples, confidence: of the percentile bootstrap behind every interval.
     """
@@ -30,6 +31,7 @@ class EvaluateConfig(Strict):
     rows: int | Literal["all"]
     prefixes: bool
     batch: int = Field(ge=1)
+    batch_tokens: int | None = Field(ge=1)
     resamples: int = Field(ge=100)
     confidence: float = Field(gt=0, lt=1)
 

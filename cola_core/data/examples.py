@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cola_core.config.task import PrepareConfig
+from cola_core.data.comparison import comparable
 from cola_core.data.tables import read_table
 from cola_core.data.templates import template
 from cola_core.errors import UserError, suggest
@@ -66,12 +66,6 @@ def _checked(reference: str, config: PrepareConfig, place: str) -> str:
         )
     if not reference.strip():
         raise UserError(f"{place}: prepare.label: the answer is empty")
-    if config.extract and not config.answers and not _extracts(config.extract, reference):
+    if config.extract and not config.answers and not comparable(reference, config.extract):
         raise UserError(f"{place}: prepare.extract: finds nothing to compare in the row's own answer")
     return reference.strip() if config.answers else reference
-
-
-def _extracts(pattern: str, reference: str) -> bool:
-    """Whether something is left to compare: the last match's first group, commas and a full stop aside."""
-    found = [match[1] for match in re.finditer(pattern, reference) if match[1]]
-    return bool(found and found[-1].replace(",", "").strip().rstrip("."))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_core.batches import Row, Task
+from cola_core.batches import mask_of, pad
+from cola_core.data.comparison import comparable
 from cola_core.files import new_file
-from cola_core.scoring import Objective, batches_of
+from cola_core.rows import Row, Task, group_by_length
+from cola_core.scoring import Objective
 from cola_core.seeds import derive
 
 __all__ = ["Answers", "answer", "sample", "write_predictions"]
@@ -62,11 +63,17 @@ def sample(rows: Sequence[Row], count: int | str, seed: int) -> list[Row]:
 
 
 def answer(
-    objective: Objective, rows: Sequence[Row], size: int, decode: Decode, tick: Tick = lambda *_: None
+    objective: Objective,
+    rows: Sequence[Row],
+    size: int,
+    decode: Decode,
+    tick: Tick = lambda *_: None,
+    tokens: int | None = None,
 ) -> Answers:
-    """Answer every row, `size` at a time, short rows first so that little is padded.
+    """Answer every row, short rows first so that little is padded.
 
     Args:
+        size, tokens: rows, and padded tokens of prompt and answer, computed at once at most.
         decode: token ids -> text, for generated answers.
     """
     objective.eval()
@@ -74,7 +81,7 @@ def answer(
     found: list[tuple[str, float]] = [("", 0.0)] * len(rows)
     done = 0
     with torch.no_grad():
-        for indices in batches_of(rows, size):
+        for indices in group_by_length(rows, size, tokens):
             batch = [rows[i] for i in indices]
             for index, result in zip(indices, read(objective, batch), strict=True):
                 found[index] = result
@@ -87,16 +94,8 @@ def answer(
 
 
 def normalise(text: str, task: Task) -> str:
-    """What two texts are compared by: labels as they are; generated text after `extract`, case, commas and spaces.
-
-    Of several matches of `extract` the last whose first group is not empty counts; without one the text is empty.
-    """
-    if task.kind != "generate":
-        return text
-    if task.extract:
-        found = [match[1] for match in re.finditer(task.extract, text) if match[1]]
-        text = found[-1] if found else ""
-    return " ".join(text.replace(",", "").lower().split()).rstrip(".")
+    """What two answers are compared by: labels as they are, generated text as `comparable` has it."""
+    return comparable(text, task.extract) if task.kind == "generate" else text
 
 
 def write_predictions(path: Path, rows: Sequence[Row], answers: dict[str, Answers]) -> None:
@@ -132,8 +131,8 @@ def _generate(objective: Objective, rows: Sequence[Row], decode: Decode) -> list
     task, model = objective.task, objective.model
     losses = -objective.scores(objective.scoring_batch(rows)).cpu().double()[:, 0]
     seq2seq = objective.kind == "seq2seq"
-    ids = _padded([row.prompt for row in rows], task.pad, left=not seq2seq)
-    mask = _padded([[1] * len(row.prompt) for row in rows], 0, left=not seq2seq)
+    prompts = [row.prompt for row in rows]
+    ids, mask = pad(prompts, task.pad, left=not seq2seq), mask_of(prompts, left=not seq2seq)
     output = model.generate(  # type: ignore[operator]
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -146,12 +145,6 @@ def _generate(objective: Objective, rows: Sequence[Row], decode: Decode) -> list
     new = output[:, 1:] if seq2seq else output[:, ids.shape[1] :]
     texts = [decode(_until_end(tokens.tolist(), task)) for tokens in new]
     return [(normalise(text, task), float(loss)) for text, loss in zip(texts, losses, strict=True)]
-
-
-def _padded(sequences: Sequence[list[int]], value: int, left: bool) -> Tensor:
-    longest = max(map(len, sequences))
-    gaps = [[value] * (longest - len(sequence)) for sequence in sequences]
-    return torch.tensor([gap + s if left else s + gap for gap, s in zip(gaps, sequences, strict=True)])
 
 
 def _until_end(tokens: list[int], task: Task) -> list[int]:
