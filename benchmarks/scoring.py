@@ -21,7 +21,7 @@ BATCH = 16
 def scoring(where: Setting, name: str, goal: float, rows: int, pairs: int) -> Row:
     """Rows per second, ours / peer: the same rows, batch size and weights; both choose the same candidates."""
     objective, examples = where.objective(), where.test[:rows]
-    model, found = where.objective().model, Pairs()
+    model, found = where.model(), Pairs()
     answers, chosen = [], []
     for _ in range(pairs):
         ours = timed(lambda: answers.append(answer(objective, examples, BATCH, str)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cola_core.adapters import LoRA, Pair, attach
 from cola_core.assets.base import base_folder
@@ -60,11 +61,14 @@ class Setting:
         """The recipe's probe."""
         return ProfileConfig(**{**self.params.profile, **changes})
 
-    def objective(self, dtype: str = "fp32") -> Objective:
-        """A model of its own, frozen, on the CPU."""
+    def model(self, dtype: str = "fp32") -> PreTrainedModel:
+        """A model of its own, frozen, on the CPU, as transformers loads it."""
         machine = MachineConfig(device="cpu", threads=torch.get_num_threads(), dtype=dtype)  # type: ignore[arg-type]
-        model = place(load_base(self.base, machine, len(self.task.labels)), machine)
-        return Objective(model, self.kind, self.task)
+        return place(load_base(self.base, machine, len(self.task.labels)), machine)
+
+    def objective(self, dtype: str = "fp32") -> Objective:
+        """Such a model with its task, as this project trains it."""
+        return Objective(self.model(dtype), self.kind, self.task)
 
     def pairs(self, objective: Objective, targets: str | list[str], rank: int) -> dict[str, Pair]:
         """Fresh pairs for all target modules: A from its seed, B zero."""

@@ -11,7 +11,6 @@ from benchmarks.pairs import alternate
 from benchmarks.peers import against_trainer, floor, peft_layers, peft_model
 from benchmarks.results import Row, compared
 from benchmarks.setting import Ours, Setting
-from cola_core.rows import group_by_length
 
 __all__ = ["bf16", "full", "layers", "near_floor", "trainer"]
 
@@ -21,9 +20,9 @@ RANK = 8
 def trainer(where: Setting, name: str, what: str, goal: float, pairs: int, targets: str = "all") -> Row:
     """Ours beside PEFT + Trainer at its defaults."""
     config = where.link(steps=pairs + 2)
-    objective, peer = where.objective(), where.objective()
+    objective = where.objective()
     start = where.pairs(objective, targets, RANK)
-    theirs = peft_model(peer.model, start, where)
+    theirs = peft_model(where.model(), start, where)
     ours = Ours(where, config, start, objective)
     return compared(name, what, against_trainer(where, ours, theirs, pairs), goal)
 
@@ -57,7 +56,7 @@ def near_floor(where: Setting, name: str, targets: str, goal: float, pairs: int)
 
     def least() -> None:
         rows = next(steps)
-        for group in group_by_length(rows, config.micro_batch):
+        for group in bare.groups(rows, config.micro_batch):
             loss = bare(bare.training_batch([rows[i] for i in group]))
             loss.backward()
 
@@ -79,7 +78,7 @@ def full(where: Setting, pairs: int) -> Row:
 
     def whole() -> None:
         rows = next(steps)
-        for group in group_by_length(rows, config.micro_batch):
+        for group in model.groups(rows, config.micro_batch):
             batch = model.training_batch([rows[i] for i in group])
             (model(batch) / len(rows)).backward()
         adam.step()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cola_core.rows import Row, Task
 
-__all__ = ["COLLATE", "Batch", "mask_of", "pad"]
+__all__ = ["COLLATE", "Batch", "Branched", "branch_mask", "mask_of", "pad"]
 
 
 @dataclass
@@ -65,25 +65,50 @@ def mask_of(sequences: Sequence[Sequence[int]], left: bool = False) -> Tensor:
 Continuations = Sequence[Sequence[Sequence[int]]]
 
 
+@dataclass
+class Branched:
+    """Rows as token lists: a prompt, then the branches of its continuations (all but each one's last token, which
+    nothing has to read).
+
+    positions: of every token in its own text; branches: 0 for the prompt, 1, 2, ... for the continuations; spots: where
+    logits are needed, as (row, column).
+    """
+
+    sequences: list[list[int]]
+    positions: list[list[int]]
+    branches: list[list[int]]
+    spots: Spots
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], continuations: Continuations) -> Branched:
+        """Lay every row's continuations behind its prompt."""
+        made = cls([], [], [], Spots())
+        for index, (row, conts) in enumerate(zip(rows, continuations, strict=True)):
+            ids, place, branch = list(row.prompt), list(range(len(row.prompt))), [0] * len(row.prompt)
+            for number, tokens in enumerate(conts, start=1):
+                start = len(ids)
+                made.spots.add(index, [len(row.prompt) - 1, *range(start, start + len(tokens) - 1)], tokens)
+                ids += tokens[:-1]
+                place += [len(row.prompt) + j for j in range(len(tokens) - 1)]
+                branch += [number] * (len(tokens) - 1)
+            made.sequences.append(ids)
+            made.positions.append(place)
+            made.branches.append(branch)
+        return made
+
+    @property
+    def several(self) -> list[bool]:
+        """Whether a row has more than one branch, whose tokens must not see each other."""
+        return [len({b for b in branch if b}) > 1 for branch in self.branches]
+
+
 def causal(rows: Sequence[Row], continuations: Continuations, task: Task) -> Batch:
-    """Prompt, then the branches of its continuations (all but each one's last token, which nothing has to read)."""
-    sequences, positions, branches, spots = [], [], [], _Spots()
-    for index, (row, conts) in enumerate(zip(rows, continuations, strict=True)):
-        ids, place, branch = list(row.prompt), list(range(len(row.prompt))), [0] * len(row.prompt)
-        for number, tokens in enumerate(conts, start=1):
-            start = len(ids)
-            columns = [len(row.prompt) - 1, *range(start, start + len(tokens) - 1)]
-            spots.add(index, columns, tokens)
-            ids += tokens[:-1]
-            place += [len(row.prompt) + j for j in range(len(tokens) - 1)]
-            branch += [number] * (len(tokens) - 1)
-        sequences.append(ids)
-        positions.append(place)
-        branches.append(branch)
-    inputs = {"input_ids": pad(sequences, task.pad)}
-    if any(len({b for b in branch if b}) > 1 for branch in branches):
-        inputs |= {"position_ids": pad(positions, 0), "attention_mask": _branch_mask(branches)}
-    return spots.batch(inputs, rows, sum(map(len, sequences)))
+    """Rows padded on the right; a mask where branches have to be kept apart."""
+    made = Branched.of(rows, continuations)
+    inputs = {"input_ids": pad(made.sequences, task.pad)}
+    if any(made.several):
+        inputs |= {"position_ids": pad(made.positions, 0), "attention_mask": branch_mask(made.branches)}
+    return made.spots.batch(inputs, rows, sum(map(len, made.sequences)))
 
 
 def seq2seq(rows: Sequence[Row], continuations: Continuations, task: Task) -> Batch:
@@ -92,7 +117,7 @@ def seq2seq(rows: Sequence[Row], continuations: Continuations, task: Task) -> Ba
     prompts = [row.prompt for row in rows]
     decoder: list[list[int]] = []
     source: list[int] = []
-    spots = _Spots()
+    spots = Spots()
     for index, conts in enumerate(continuations):
         for tokens in conts:
             spots.add(len(decoder), range(len(tokens)), tokens)
@@ -111,7 +136,7 @@ def encoder(rows: Sequence[Row], continuations: Continuations, task: Task) -> Ba
     """The whole input; the head answers for every label at once."""
     prompts = [row.prompt for row in rows]
     inputs = {"input_ids": pad(prompts, task.pad), "attention_mask": mask_of(prompts)}
-    return _Spots().batch(inputs, rows, sum(map(len, prompts)))
+    return Spots().batch(inputs, rows, sum(map(len, prompts)))
 
 
 COLLATE: dict[str, Callable[[Sequence[Row], Continuations, Task], Batch]] = {
@@ -121,7 +146,7 @@ COLLATE: dict[str, Callable[[Sequence[Row], Continuations, Task], Batch]] = {
 }
 
 
-class _Spots:
+class Spots:
     """Collects where logits are needed; positions shared by several continuations are kept once."""
 
     def __init__(self) -> None:
@@ -142,7 +167,7 @@ class _Spots:
         return Batch(inputs, where[:, 0], where[:, 1], labels=labels, tokens=tokens, **tensors)
 
 
-def _branch_mask(branches: Sequence[Sequence[int]]) -> Tensor:
+def branch_mask(branches: Sequence[Sequence[int]]) -> Tensor:
     """n x 1 x L x L, true where a token may look: backwards, at the prompt (branch 0) and its own branch.
 
     Padding is branch -1: nothing of the sequence sees it, and it sees itself so that no row is empty.

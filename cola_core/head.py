@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cola_core.config.task import HeadConfig
 from cola_core.errors import UserError
 from cola_core.models import head_parameters
-from cola_core.rows import Row, group_by_length
+from cola_core.rows import Row
 from cola_core.scoring import Objective
 
 __all__ = ["fit_head"]
@@ -72,7 +72,7 @@ def _features(objective: Objective, last: nn.Linear, rows: Sequence[Row]) -> tup
     """What the last linear map is given: n x features, float64, with the labels, in row order."""
     caught: list[Tensor] = []
     handle = last.register_forward_pre_hook(lambda _, args: caught.append(args[0].cpu().double()))
-    order = group_by_length(rows, BATCH)
+    order = objective.groups(rows, BATCH)
     try:
         with torch.no_grad():
             for indices in order:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
@@ -114,26 +116,31 @@ def order(rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
     return [stream[i * batch : (i + 1) * batch] for i in range(steps)]
 
 
-def group_by_length(rows: Sequence[Row], size: int, tokens: int | None = None) -> list[list[int]]:
+def group_by_length(rows: Sequence[Row], size: int, tokens: int | None = None, padded: bool = True) -> list[list[int]]:
     """Cut rows, sorted by length, into the groups that cost least to compute.
 
-    A group costs its padded tokens plus OVERHEAD; losses are sums, so how rows are cut changes no gradient.
+    A group costs its tokens, the padded ones included, plus OVERHEAD; losses are sums, so how rows are cut changes no
+    gradient.
 
     Args:
         size: rows of a group at most.
-        tokens: padded tokens of a group at most, None for any number; a longer row is a group of its own.
+        tokens: tokens of a group at most, None for any number; a longer row is a group of its own.
+        padded: whether a group's rows are all as long as its longest.
 
     Returns:
         indices into `rows`, shortest rows first.
     """
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     ranked = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    total = [0, *accumulate(lengths[i] for i in ranked)]
+
+    def computed(start: int, end: int) -> int:
+        return (end - start) * lengths[ranked[end - 1]] if padded else total[end] - total[start]
+
     best: list[tuple[int, int]] = [(0, 0)]  # (cost, where the last group starts) of the first `end` rows
     for end in range(1, len(ranked) + 1):
-        longest = lengths[ranked[end - 1]]
-        most = size if tokens is None else max(1, min(size, tokens // max(1, longest)))
-        starts = range(max(0, end - most), end)
-        best.append(min((best[start][0] + (end - start) * longest + OVERHEAD, start) for start in starts))
+        starts = [s for s in range(max(0, end - size), end) if s == end - 1 or computed(s, end) <= (tokens or math.inf)]
+        best.append(min((best[start][0] + computed(start, end) + OVERHEAD, start) for start in starts))
     groups, end = [], len(ranked)
     while end:
         start = best[end][1]

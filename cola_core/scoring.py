@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from cola_core.batches import COLLATE, Batch
-from cola_core.rows import Row, Task
+from cola_core.packing import PACKED, first_tokens, packed_inputs, packs
+from cola_core.rows import Row, Task, group_by_length
 
 __all__ = ["Objective"]
 
@@ -21,13 +22,14 @@ __all__ = ["Objective"]
 class Objective(nn.Module):
     """A model with its task: forward gives the loss, `scores` the log-probability of every candidate.
 
-    Logits are computed only at the positions that are scored: about half the step of a short-answer task is saved, with
-    the same loss and gradients.
+    Logits are computed only at the positions that are scored, and rows are packed end to end where the model allows it:
+    the loss and its gradients are those of the plain, padded computation.
     """
 
     def __init__(self, model: PreTrainedModel, kind: str, task: Task) -> None:
         super().__init__()
         self.model, self.kind, self.task = model, kind, task
+        self.packed = packs(model)
 
     def training_batch(self, rows: Sequence[Row]) -> Batch:
         """What the loss reads: the right answer of every row, or all candidates where they are compared."""
@@ -65,7 +67,12 @@ class Objective(nn.Module):
 
     def _collate(self, rows: Sequence[Row], compare: bool) -> Batch:
         continuations = [self.task.candidates if compare else [row.answer] for row in rows]
-        return COLLATE[self.kind](rows, continuations, self.task).to(self.model.device)
+        collate = (PACKED if self.packed else COLLATE)[self.kind]
+        return collate(rows, continuations, self.task).to(self.model.device)
+
+    def groups(self, rows: Sequence[Row], size: int, tokens: int | None = None) -> list[list[int]]:
+        """Which rows to compute together; see `group_by_length`."""
+        return group_by_length(rows, size, tokens, padded=not self.packed)
 
     def _token_log_probabilities(self, batch: Batch) -> Tensor:
         """log p of every supervised token."""
@@ -99,7 +106,9 @@ def _only_positions(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
 def _causal(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """A branch mask becomes additive in the model's dtype; plain rows need none, since they are padded on the right."""
     mask = inputs.get("attention_mask")
-    if mask is not None:
+    if "row_lengths" in inputs:
+        inputs = packed_inputs(inputs)
+    elif mask is not None:
         blocked = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
         inputs = {**inputs, "attention_mask": blocked.masked_fill(~mask, torch.finfo(model.dtype).min)}
     logits: Tensor = model(**inputs, use_cache=False).logits
@@ -119,8 +128,10 @@ def _seq2seq(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _encoder(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    logits: Tensor = model(**inputs).logits
-    return logits
+    packed = "row_lengths" in inputs
+    with first_tokens(model, inputs["row_lengths"]) if packed else nullcontext():
+        logits: Tensor = model(**(packed_inputs(inputs) if packed else inputs)).logits
+        return logits
 
 
 FORWARD: dict[str, Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]] = {

@@ -21,7 +21,7 @@ from cola_core.checkpoints import Progress, load_checkpoint, save_checkpoint
 from cola_core.config.recipe import LinkConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.models import head_parameters
-from cola_core.rows import Row, group_by_length, order
+from cola_core.rows import Row, order
 from cola_core.scoring import Objective
 from cola_core.seeds import derive
 
@@ -123,7 +123,7 @@ class Training:
             mean loss and tokens of the whole step, over all processes.
         """
         config, accelerator, objective = self.course.config, self.accelerator, self.objective
-        groups = group_by_length(mine, config.micro_batch, config.micro_tokens)
+        groups = objective.groups(mine, config.micro_batch, config.micro_tokens)
         batches = [objective.training_batch([mine[i] for i in group]) for group in groups]
         counts = torch.tensor(
             [sum(map(objective.units, batches)), sum(b.tokens for b in batches)], device=accelerator.device
@@ -145,7 +145,7 @@ def mean_loss(objective: Objective, rows: Sequence[Row], config: LinkConfig) -> 
     objective.eval()
     total, units = 0.0, 0
     with torch.no_grad():
-        for indices in group_by_length(rows, config.micro_batch, config.micro_tokens):
+        for indices in objective.groups(rows, config.micro_batch, config.micro_tokens):
             batch = objective.training_batch([rows[i] for i in indices])
             total, units = total + float(objective(batch)), units + objective.units(batch)
     return total / units

@@ -117,13 +117,21 @@ def test_order_reads_every_row_once_per_epoch(rows: int, batch: int, steps: int,
     assert plan == order(rows, batch, steps, seed)
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 9), st.none() | st.integers(300, 1000))
-def test_groups_cost_least_of_all_cuts(lengths: list[int], size: int, tokens: int | None) -> None:
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=9),
+    st.integers(1, 9),
+    st.none() | st.integers(300, 1000),
+    st.booleans(),
+)
+def test_groups_cost_least_of_all_cuts(lengths: list[int], size: int, tokens: int | None, padded: bool) -> None:
     ranked = sorted(lengths)
     rows = [Row("", [1] * (length - 1), [1], 0, "") for length in lengths]
 
     def cost(groups: list[list[int]]) -> int:
-        return sum(len(group) * max(group) + OVERHEAD for group in groups)
+        return sum(computed(group) + OVERHEAD for group in groups)
+
+    def computed(group: list[int]) -> int:
+        return len(group) * max(group) if padded else sum(group)
 
     cuts = []
     for mask in range(2 ** (len(ranked) - 1)):
@@ -133,13 +141,13 @@ def test_groups_cost_least_of_all_cuts(lengths: list[int], size: int, tokens: in
                 groups.append(ranked[last:end])
                 last = end
         cuts.append(groups)
-    padded = [max(len(group) * max(group) for group in groups) for groups in cuts]
+    largest = [max(map(computed, groups)) for groups in cuts]
     allowed = [
         cost(groups)
-        for groups, most in zip(cuts, padded, strict=True)
+        for groups, most in zip(cuts, largest, strict=True)
         if max(map(len, groups)) <= size and (tokens is None or most <= tokens)
     ]
-    found = group_by_length(rows, size, tokens)
+    found = group_by_length(rows, size, tokens, padded)
     assert sorted(i for group in found for i in group) == list(range(len(lengths)))
     assert cost([[lengths[i] for i in group] for group in found]) == min(allowed)
 

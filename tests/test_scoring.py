@@ -10,6 +10,8 @@ import torch
 from torch.nn import functional
 
 from cola_core.links import open_chain
+from cola_core.models import adaptable
+from cola_core.packing import packs
 from cola_core.rows import Row
 from cola_core.train import mean_loss
 from tests.lab import CANDIDATES, FAMILIES, FP64, KINDS, LINK, base_of, root_of, rows_of, task_of
@@ -32,9 +34,12 @@ def plain_scores(model: Any, family: str, rows: list[Row]) -> torch.Tensor:
     return found
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_and_both_losses(family: str, tmp_path: Path) -> None:
+def test_scores_and_both_losses(family: str, packed: bool, tmp_path: Path) -> None:
     objective = open_chain(base_of(family), root_of(family, tmp_path), task_of(family), FP64)
+    assert objective.packed == (family != "t5")
+    objective.packed = packed and objective.packed
     rows = rows_of(family, 9)
     tolerance = 1e-5 if family == "t5" else 1e-9  # transformers takes T5's norms in float32 whatever the dtype
     with torch.no_grad():
@@ -83,3 +88,29 @@ def test_only_the_needed_logits_are_computed(tmp_path: Path) -> None:
     batch = objective.training_batch(rows_of("llama", 5))
     objective(batch)
     assert seen == [(len(batch.targets), objective.model.config.vocab_size)]
+
+
+@pytest.mark.parametrize("loss", ["answer", "candidates"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
+def test_packed_rows_have_the_padded_rows_loss_and_gradients(family: str, loss: str, tmp_path: Path) -> None:
+    """And compute no token that is not there; padding is the plain path."""
+    objective = open_chain(base_of(family), root_of(family, tmp_path), task_of(family, loss), FP64)
+    weights = [module.weight.requires_grad_(True) for module in adaptable(objective.model).values()]
+    rows, found = rows_of(family, 7), []
+    for packed in (True, False):
+        objective.packed = packed
+        batch = objective.training_batch(rows)
+        assert (batch.inputs["input_ids"].numel() == batch.tokens) == packed
+        value = objective(batch)
+        found.append((value.item(), torch.autograd.grad(value, weights)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+    for ours, plain in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-9, rtol=1e-6)
+        assert float(plain.abs().sum()) > 0
+
+
+def test_rows_are_not_packed_where_that_is_not_known_to_work(tmp_path: Path) -> None:
+    objective = open_chain(base_of("llama"), root_of("llama", tmp_path), task_of("llama"), FP64)
+    objective.model.config.model_type = "unknown"
+    assert not packs(objective.model)
+    assert not packs(open_chain(base_of("t5"), root_of("t5", tmp_path / "t5"), task_of("t5"), FP64).model)

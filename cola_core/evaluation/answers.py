@@ -14,7 +14,7 @@ from torch import Tensor
 from cola_core.batches import mask_of, pad
 from cola_core.data.comparison import comparable
 from cola_core.files import new_file
-from cola_core.rows import Row, Task, group_by_length
+from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
 from cola_core.seeds import derive
 
@@ -81,7 +81,7 @@ def answer(
     found: list[tuple[str, float]] = [("", 0.0)] * len(rows)
     done = 0
     with torch.no_grad():
-        for indices in group_by_length(rows, size, tokens):
+        for indices in objective.groups(rows, size, tokens):
             batch = [rows[i] for i in indices]
             for index, result in zip(indices, read(objective, batch), strict=True):
                 found[index] = result
