@@ -25,10 +25,11 @@ def lora_step(shape: Shape, work: Work, ranks: Mapping[str, int], checkpointing:
     """4P + 6p per token, 12 T a per token and layer, 4 V d per output, less what lies below the first adapter.
 
     Args:
-        checkpointing: blocks keep their input alone and are computed twice.
+        checkpointing: blocks are computed twice (torch stops each a product before its end), and since transformers
+            then lets the embeddings' output ask for a gradient, nothing is saved below the first adapter.
     """
     again = sum(_forward(group) for group in walk(shape, work, ranks)) if checkpointing else 0
-    return forward(shape, work, ranks) + _backward(shape, work, ranks) + again
+    return forward(shape, work, ranks) + _backward(shape, work, ranks, embeddings=checkpointing) + again
 
 
 def full_step(shape: Shape, work: Work) -> float:
@@ -41,7 +42,8 @@ def probe(shape: Shape, work: Work, targets: Collection[str], sketch: int, earli
     """6P per token where all is probed, and the reduction of each gradient, once.
 
     Args:
-        targets: modules whose gradients are taken; sketch: rows of A_max; earlier: rank merged into every module before.
+        targets: modules whose gradients are taken; sketch: rows of A_max;
+        earlier: rank that was merged into every module before.
     """
     passes = forward(shape, work) + _backward(shape, work, {}, targets)
     return passes + sum(_reduce(*shape.modules[name], sketch, earlier) for name in targets)

@@ -1,4 +1,4 @@
-"""A model and a piece of work as arithmetic sees them: linear maps in model order, and the tokens that pass them."""
+"""A model and a piece of work as arithmetic sees them: linear maps in their blocks, and the tokens that pass them."""
 
 from __future__ import annotations
 
@@ -9,34 +9,42 @@ from typing import Any
 
 __all__ = ["Group", "Map", "Shape", "Work", "walk"]
 
-# How names end, by family: Llama and OPT, BERT, T5, GPT-2 (whose one map gives queries, keys and values).
+# What a map does in its block, by how its name ends in Llama and OPT, BERT, T5 and GPT-2 (whose one map gives queries,
+# keys and values), in the order of a forward pass; maps of one role and block read the same stream.
 QUERY, KEY = ("q_proj", "query", "q", "c_attn"), ("k_proj", "key", "k", "c_attn")
-ATTENTION = (*QUERY, *KEY, "v_proj", "value", "v")
-EXPAND = ("gate_proj", "up_proj", "fc1", "c_fc", "intermediate.dense", "wi", "wi_0", "wi_1")
+ROLES = {
+    "attention": (*QUERY, *KEY, "v_proj", "value", "v"),
+    "result": ("o_proj", "out_proj", "attention.output.dense", "o", "attn.c_proj"),
+    "expand": ("gate_proj", "up_proj", "fc1", "intermediate.dense", "wi", "wi_0", "wi_1", "c_fc"),
+}
 CROSS = ("EncDecAttention.k", "EncDecAttention.v")  # T5's decoder: these two read what the encoder gave
 HIDDEN = ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model")
+HEADS = ("num_attention_heads", "n_head", "num_heads")
 
 
 @dataclass(frozen=True)
 class Shape:
     """A model.
 
-    modules: linear map of a block -> (out, in), in model order; vocabulary: V, rows of the output layer, 0 without one;
-    head: weights read at each position whose output is computed: V d, or an encoder's pooler.
+    modules: linear map of a block -> (out, in), in any order; hidden: d; heads: of attention's queries;
+    vocabulary: V, rows of the output layer, 0 without one.
     """
 
     modules: Mapping[str, tuple[int, int]]
+    hidden: int = 0
+    heads: int = 0
     vocabulary: int = 0
-    head: int = 0
 
     @classmethod
     def of(cls, modules: Mapping[str, tuple[int, int]], kind: str, config: Mapping[str, Any]) -> Shape:
-        """From cola.json's modules and kind, and config.json; what the latter does not tell is not counted."""
-        hidden = next((config[name] for name in HIDDEN if name in config), 0)
-        if kind == "encoder":
-            return cls(modules, 0, hidden**2)
-        vocabulary = config.get("vocab_size", 0)
-        return cls(modules, vocabulary, vocabulary * hidden)
+        """From cola.json's modules and kind, and config.json; what the latter does not tell is 0 and not counted."""
+        vocabulary = 0 if kind == "encoder" else config.get("vocab_size", 0)
+        return cls(modules, _first(config, HIDDEN), _first(config, HEADS), vocabulary)
+
+    @property
+    def head(self) -> int:
+        """Weights read at each position whose output is computed: V d, or an encoder's pooler, d d."""
+        return (self.vocabulary or self.hidden) * self.hidden
 
     @property
     def linear(self) -> int:
@@ -46,7 +54,7 @@ class Shape:
     @property
     def complete(self) -> bool:
         """Whether names and config tell where attention and the output layer are; else only P is counted."""
-        return self.head > 0 and any(_role(name) == "attention" for name in self.modules)
+        return self.head > 0 and any(_ends(name, QUERY) for name in self.modules)
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,10 @@ class Map:
 
 @dataclass(frozen=True)
 class Group:
-    """Maps that read the same stream; role: attention (queries, keys, values), expand (an MLP's first) or inner."""
+    """Maps that read the same stream.
+
+    role: attention (queries, keys, values), result (of attention), expand (an MLP's first maps) or contract (all else).
+    """
 
     role: str
     maps: list[Map]
@@ -148,28 +159,26 @@ def walk(
         ranks: adapted module -> rank; trained: modules whose own weights' gradients are taken; embeddings: theirs too.
     """
     needs = {False: embeddings, True: embeddings}  # the stream of a decoder beside an encoder: True
-    for (_, role), names in groupby(shape.modules, lambda name: (_together(name), _role(name))):
+    for (second, _, order, _), names in groupby(sorted(shape.modules, key=_place), _place):
         maps = []
         for name in names:
-            second = work.decoder_rows > 0 and name.startswith("decoder.")
-            rows, length = (work.decoder_rows if second else work.rows), work.length
-            reads = second and not _ends(name, CROSS)
-            length = work.decoder_length if reads else length
+            own = second and not _ends(name, CROSS)
+            rows, length = work.decoder_rows if second else work.rows, work.decoder_length if own else work.length
             out, inner = shape.modules[name]
-            maps.append(Map(name, out, inner, rows, length, ranks.get(name, 0), name in trained, needs[reads]))
-        yield Group(role, maps)
+            maps.append(Map(name, out, inner, rows, length, ranks.get(name, 0), name in trained, needs[own]))
+        yield Group([*ROLES, "contract"][order], maps)
         needs[second] |= any(m.above for m in maps)
 
 
-def _role(name: str) -> str:
-    if _ends(name, ATTENTION):
-        return "attention"
-    return "expand" if _ends(name, EXPAND) else "inner"
+def _first(config: Mapping[str, Any], names: Sequence[str]) -> int:
+    return next((config[name] for name in names if name in config), 0)
 
 
-def _together(name: str) -> str:
-    """Equal for neighbours that read the same stream."""
-    return name if _role(name) == "inner" else name.rpartition(".")[0]
+def _place(name: str) -> tuple[bool, list[int], int, str]:
+    """When a map is computed: stack, block, role; a map of no known role stands alone."""
+    order = next((i for i, endings in enumerate(ROLES.values()) if _ends(name, endings)), len(ROLES))
+    blocks = [int(part) for part in name.split(".") if part.isdigit()]
+    return name.startswith("decoder."), blocks, order, name if order == len(ROLES) else ""
 
 
 def _ends(name: str, endings: Sequence[str]) -> bool:
