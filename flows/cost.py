@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,10 +72,10 @@ def sizes(root: Path) -> Sizes | None:
     modules = {name: (shape[0], shape[1]) for name, shape in base["modules"].items()}
     files = {name: prepared / f"{name}.arrow" for name in ("train", "validation", "test", "probe")}
     splits = {name: _split(path) for name, path in files.items() if path.is_file()}
-    task = read_json(prepared / "task.json") if splits else {"candidates": [], "kind": "", "max_new_tokens": 0}
-    generated = task["max_new_tokens"] if task["kind"] == "generate" else 0
+    task = read_json(prepared / "task.json") if splits else {}
+    generated = task["max_new_tokens"] if task.get("kind") == "generate" else 0
     shape = Shape.of(modules, base["kind"], config)
-    return Sizes(shape, base["kind"], _weights(model), splits, list(map(len, task["candidates"])), generated)
+    return Sizes(shape, base["kind"], _weights(model), splits, list(map(len, task.get("candidates", []))), generated)
 
 
 def cost(task: str, key: str | None, params: Params, size: Sizes) -> Cost | None:
@@ -155,7 +155,8 @@ def _scoring(params: Params, size: Sizes, models: int) -> Cost:
         return Cost(0, None, _memory(params, size, 0))
     split = size.splits["test"]
     rows = split.rows if params.evaluate.rows == "all" else min(split.rows, params.evaluate.rows)
-    prompt, candidates = split.prompt / split.rows, size.candidates or [split.answer / split.rows]
+    prompt = split.prompt / split.rows
+    candidates: Sequence[float] = size.candidates or [split.answer / split.rows]
     passes = forward(size.shape, Work.of(size.kind, rows, prompt, candidates))
     if size.generated:
         passes += forward(size.shape, Work.of(size.kind, rows, prompt, [size.generated]))
@@ -197,6 +198,6 @@ def _split(path: Path) -> Split:
 
     with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
         table = reader.read_all()
-    prompt, answer = (pc.fill_null(pc.list_value_length(table[name]), 0) for name in ("prompt", "answer"))
-    total, longest = (lambda values: pc.sum(values).as_py() or 0), pc.max(pc.add(prompt, answer)).as_py() or 0
-    return Split(table.num_rows, total(prompt), total(answer), longest)
+    prompt, answer = (pc.list_value_length(table[name]) for name in ("prompt", "answer"))
+    longest = pc.max(pc.add(prompt, answer))
+    return Split(table.num_rows, *(value.as_py() or 0 for value in (pc.sum(prompt), pc.sum(answer), longest)))

@@ -75,9 +75,9 @@ def measure(root: Path, params: Params, machines: list[MachineConfig]) -> Iterat
 
 def work_of(batch: Batch) -> Work:
     """What one batch computes, padding included."""
-    first, second = (batch.inputs.get(name) for name in ("input_ids", "decoder_input_ids"))
-    assert first is not None
-    return Work(*first.shape, len(batch.rows) or len(batch.labels), *(() if second is None else second.shape))
+    (rows, length), second = batch.inputs["input_ids"].shape, batch.inputs.get("decoder_input_ids")
+    decoder_rows, decoder_length = (0, 0) if second is None else second.shape
+    return Work(rows, length, len(batch.rows) or len(batch.labels), decoder_rows, decoder_length)
 
 
 def _step(objective: object, batch: object) -> float:
