@@ -11,6 +11,7 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.paper import PAGE, SETTINGS, placed
 from cola_core.arithmetic.flops import forward
 from cola_core.arithmetic.shape import Work
 from cola_core.batches import Row
@@ -121,3 +122,11 @@ def test_what_is_not_prepared_is_not_known(root: Path) -> None:
         found = cost(task, "1", params, size)
         assert found is not None and found.flops is None and found.memory >= size.weights * 4
     assert cost("fetch", None, params, size) is None
+
+
+def test_the_page_has_the_tables_that_the_formulas_give() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert placed(page) == page, "run `python -m benchmarks.paper`"
+    seven = SETTINGS[0]
+    assert seven.weights == 6_738_415_616  # Llama-2-7B's own count
+    assert SETTINGS[1].weights == 70_553_706_496  # Llama-3-70B's

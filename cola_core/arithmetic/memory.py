@@ -58,7 +58,7 @@ def probe_bytes(shape: Shape, targets: Collection[str], width: int, accumulate: 
 
 def knot_bytes(shape: Shape, weights: int) -> float:
     """Of the host: the fp32 master of all `weights`, and what measuring one merge's error takes."""
-    return FP32 * weights + 6 * FP64 * max(out * inner for out, inner in shape.modules.values())
+    return FP32 * weights + 4 * FP64 * max(out * inner for out, inner in shape.modules.values())
 
 
 def _turn(size: tuple[int, int], width: int) -> int:
