@@ -22,6 +22,7 @@ BEGIN, END = "<!-- paper:begin -->", "<!-- paper:end -->"
 LENGTH, SUPERVISED = 2048, 256  # tokens of a row, and those whose logits are computed
 BATCH, STEPS, VALIDATION, PROBE, SKETCH = 64, 500, 256, 64, 64
 GPU, RESERVED = 80, 8  # GB (1e9 bytes) of one GPU; kept for context, workspaces and fragments
+LINKS = ((40, 8), (250, 16), (500, 64), (2000, 64))  # steps x rows
 USED = 0.4
 PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s in bf16 without sparsity, as NVIDIA states them
 BF16 = 2
@@ -109,7 +110,7 @@ def _held() -> Iterator[tuple[str, Callable[[Setting], float]]]:
     for rows in (1, 4, 8):
         for checkpointing, words in ((False, "activations and logits"), (True, "the same with checkpointing")):
             yield f"{words}, {rows} x {LENGTH}", partial(_kept, rows, checkpointing)
-    yield f"probe, {PROBE} rows in one batch, with checkpointing", lambda s: s.kept(_share(s), 0, True)
+    yield f"probe, {PROBE} rows in one batch, with checkpointing", lambda s: s.kept(PROBE // s.gpus, 0, True)
     yield "probe: the largest module's turn", lambda s: probe_bytes(s.shape, s.shape.modules, BF16, False)
     yield "probe, accumulate: all gradients in fp32", lambda s: 4 * s.shape.linear / s.gpus
     yield "in host memory, where links are merged: the fp32 master", lambda s: knot_bytes(s.shape, s.weights)
@@ -166,18 +167,13 @@ def shares() -> str:
     """What a probe adds to the link that follows it."""
     setting = SETTINGS[0]
     head = ["probe rows", *(f"link of {steps} x {batch} rows" for steps, batch in LINKS)]
-    return _table(
-        head, ([str(n), *(f"{100 * _added(setting, n, *link):.2f} %" for link in LINKS)] for n in (16, 64, 256))
-    )
+    return _table(head, ([str(n), *(_added(setting, n, *link) for link in LINKS)] for n in (16, 64, 256)))
 
 
-LINKS = ((40, 8), (250, 16), (500, 64), (2000, 64))
-
-
-def _added(setting: Setting, rows: int, steps: int, batch: int) -> float:
+def _added(setting: Setting, rows: int, steps: int, batch: int) -> str:
     pairs = setting.ranks(8)
     taken = probe(setting.shape, rows_of(rows), pairs, SKETCH)
-    return taken / (steps * lora_step(setting.shape, rows_of(batch), pairs))
+    return f"{100 * taken / (steps * lora_step(setting.shape, rows_of(batch), pairs)):.2f} %"
 
 
 def _probe(setting: Setting) -> float:
@@ -189,10 +185,6 @@ def _link(setting: Setting) -> float:
     validations = 5 * forward(setting.shape, rows_of(VALIDATION), pairs)
     steps = STEPS * lora_step(setting.shape, rows_of(BATCH), pairs)
     return steps + validations + knot(setting.shape, pairs)
-
-
-def _share(setting: Setting) -> int:
-    return PROBE // setting.gpus
 
 
 def _spent(of: Callable[[Setting], float]) -> Iterator[str]:
