@@ -66,7 +66,7 @@ def counted(work: Callable[[], object]) -> int:
     """FLOPs of `work`; attention in its plain form, since the counter knows no kernel of the CPU's own."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 @pytest.mark.parametrize("targets", TARGETS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,15 @@ def known(root: Path) -> Sizes:
 def counted(work: Any) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def test_a_link_is_its_steps_validations_and_knot(root: Path, tmp_path: Path) -> None:
     params, size = setting(), known(root)
     ranks = reference_ranks("1", params, size)
-    job = job_of("llama", root_of("llama", tmp_path), FP32, ranks=ranks, train=rows("train"))
-    job.validation[:] = rows("validation")
+    job = job_of(
+        "llama", root_of("llama", tmp_path), FP32, ranks=ranks, train=rows("train"), validation=rows("validation")
+    )
     said = cost("link", "1", params, size)
     assert said is not None and said.flops is not None
     more = sum(length - 1 for length in map(len, CANDIDATES))
@@ -93,6 +94,17 @@ def test_a_probe_and_an_evaluation(root: Path, tmp_path: Path) -> None:
     config = PROFILE.model_copy(update={"sketch": 32})
     assert profiled is not None
     assert counted(lambda: probe(objective, rows("probe"), modules, {}, config, (0, 1))) == profiled.flops
+
+
+def test_generation_reads_the_prompt_once_more(root: Path, tmp_path: Path) -> None:
+    """An upper bound: attention counts the whole square, decoding with a cache only its last rows."""
+    task = replace(task_of("llama"), kind="generate", candidates=[])
+    write_json(root / "artifacts/prepare/task.json", asdict(task))
+    objective = open_chain(base_of("llama"), root_of("llama", tmp_path), task, FP32)
+    said = cost("evaluate_base", None, setting(), known(root))
+    assert said is not None and said.flops is not None
+    found = counted(lambda: answer(objective, rows("test"), 4, lambda ids: ""))
+    assert found < said.flops < 1.02 * found
 
 
 def test_memory_grows_with_what_is_held(root: Path) -> None:
