@@ -1,7 +1,7 @@
 """What a stage costs by arithmetic alone, from the base's shapes and the prepared rows: no model is loaded.
 
-Per token, with P weights in the adapted model's linear maps and p in the adapters: forward 2P, activation gradient 2P,
-weight gradient 2P (of the probe; frozen weights get none in training), and the adapters' own 6p.
+The formulas are `cola_core.arithmetic`'s, derived and checked in docs/performance.md. Rows count at their mean length,
+without padding; memory at the longest. Ranks are the reference rank, which an allocator spends in its own way.
 """
 
 from __future__ import annotations
@@ -9,48 +9,57 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cola_core.arithmetic.flops import forward, knot, lora_step, probe
+from cola_core.arithmetic.memory import ADAM, activations, knot_bytes, logits_bytes, probe_bytes
+from cola_core.arithmetic.shape import Shape, Work
 from cola_core.config.params import Params
 from cola_core.config.recipe import AllocateConfig, LinkConfig, ProfileConfig
 from cola_core.files import read_json
 from cola_core.targets import select_targets
 
-__all__ = ["Cost", "Sizes", "cost", "sizes"]
+__all__ = ["Cost", "Sizes", "cost", "reference_ranks", "sizes"]
 
-BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
-ADAM = 16  # bytes per trained parameter: fp32 value, gradient and two moments
+WIDTH = {"fp32": 4, "bf16": 2, "fp64": 8}  # bytes of a weight in use
+MASTER = {"fp32": 4, "bf16": 4, "fp64": 8}  # and while links are merged into it
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of a prepared split, tokens of their prompts and of their answers, and the longest row's of both."""
+
+    rows: int
+    prompt: int
+    answer: int
+    longest: int
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What the fetched base and the prepared rows tell.
 
-    modules: adaptable module -> (out, in); weights: all of the base's parameters; tokens, rows: of each prepared split,
-    empty before `prepare`; candidates: tokens of all candidates together, scored on top of a prompt.
+    weights: all of the base's parameters; splits: empty before `prepare`; candidates: tokens of each candidate;
+    generated: tokens of a generated answer at most, 0 where none is.
     """
 
-    modules: dict[str, tuple[int, int]]
+    shape: Shape
+    kind: str
     weights: int
-    tokens: dict[str, int]
-    rows: dict[str, int]
-    candidates: int
-
-    @property
-    def linear(self) -> int:
-        """P."""
-        return sum(out * inner for out, inner in self.modules.values())
+    splits: dict[str, Split]
+    candidates: list[int]
+    generated: int
 
 
 @dataclass(frozen=True)
 class Cost:
-    """trainable: parameters; flops: of the whole stage, None before `prepare`; memory: bytes without activations."""
+    """trainable: parameters; flops: of the whole stage, None before `prepare`; memory: bytes, without libraries."""
 
     trainable: int
     flops: float | None
-    memory: int
+    memory: float
 
 
 def sizes(root: Path) -> Sizes | None:
@@ -58,64 +67,79 @@ def sizes(root: Path) -> Sizes | None:
     model, prepared = root / "artifacts/fetch/model", root / "artifacts/prepare"
     if not (model / "cola.json").is_file():
         return None
-    shapes = {name: (shape[0], shape[1]) for name, shape in read_json(model / "cola.json")["modules"].items()}
-    splits = ("train", "validation", "test", "probe")
-    counted = {name: _count(prepared / f"{name}.arrow") for name in splits if (prepared / f"{name}.arrow").is_file()}
-    candidates = read_json(prepared / "task.json")["candidates"] if counted else []
-    return Sizes(
-        shapes,
-        _weights(model),
-        {name: tokens for name, (_, tokens) in counted.items()},
-        {name: rows for name, (rows, _) in counted.items()},
-        sum(map(len, candidates)),
-    )
+    base = read_json(model / "cola.json")
+    config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
+    modules = {name: (shape[0], shape[1]) for name, shape in base["modules"].items()}
+    files = {name: prepared / f"{name}.arrow" for name in ("train", "validation", "test", "probe")}
+    splits = {name: _split(path) for name, path in files.items() if path.is_file()}
+    task = read_json(prepared / "task.json") if splits else {}
+    generated = task["max_new_tokens"] if task.get("kind") == "generate" else 0
+    shape = Shape.of(modules, base["kind"], config)
+    return Sizes(shape, base["kind"], _weights(model), splits, list(map(len, task.get("candidates", []))), generated)
 
 
 def cost(task: str, key: str | None, params: Params, size: Sizes) -> Cost | None:
     """The cost of one stage; None for a stage that runs no model."""
-    return COSTS[task](key, params, size) if task in COSTS else None
+    return COSTS[task](str(key), params, size) if task in COSTS else None
 
 
-def _profile(key: str | None, params: Params, size: Sizes) -> Cost:
-    """One forward and backward with weight gradients; freed module by module unless they are accumulated."""
-    config = ProfileConfig(**{**params.profile, **params.chain[str(key)].profile})
+def reference_ranks(key: str, params: Params, size: Sizes) -> dict[str, int]:
+    """The reference rank of a link's every target."""
+    rank = AllocateConfig(**{**params.allocate, **params.chain[key].allocate}).rank
+    modules = size.shape.modules
+    return {name: min(rank, *modules[name]) for name in select_targets(modules, params.targets)}
+
+
+def _profile(key: str, params: Params, size: Sizes) -> Cost:
+    """One pass over the probe rows with weight gradients, in one batch or in several."""
+    config = ProfileConfig(**{**params.profile, **params.chain[key].profile})
     if config.probe == "none":
-        return Cost(0, 0.0, 0)
-    targets = select_targets(size.modules, params.targets)
-    held = (sum if config.probe == "accumulate" else max)(math.prod(size.modules[name]) for name in targets)
-    return Cost(0, _flops(size, "probe", 6 * size.linear), _base(params, size) + 4 * held)
+        return Cost(0, 0, 0)
+    targets, accumulate = select_targets(size.shape.modules, params.targets), config.probe == "accumulate"
+    width, checkpointing = WIDTH[params.machine.dtype], config.activation_checkpointing
+    held = probe_bytes(size.shape, targets, width, accumulate)
+    if "probe" not in size.splits:
+        return Cost(0, None, _memory(params, size, held))
+    rows = min(config.micro_batch, size.splits["probe"].rows) if accumulate else size.splits["probe"].rows
+    batch = _work(params, size, "probe", rows, longest=True)
+    kept = activations(size.shape, batch, {}, width, targets, checkpointing) + logits_bytes(size.shape, batch)
+    earlier = sum(max(reference_ranks(k, params, size).values()) for k in params.chain if int(k) < int(key))
+    work = _work(params, size, "probe", size.splits["probe"].rows)
+    return Cost(0, probe(size.shape, work, targets, config.sketch, earlier), _memory(params, size, held + kept))
 
 
-def _link(key: str | None, params: Params, size: Sizes) -> Cost:
-    """Training steps at 4P + 6p per token, and a forward over the validation rows at every validation."""
-    config = LinkConfig(**{**params.link, **params.chain[str(key)].link})
-    adapters = _adapters(key, params, size)
-    memory = _base(params, size) + ADAM * adapters
-    if not size.rows.get("train"):
-        return Cost(adapters, None, memory)
-    tokens = config.steps * config.batch * size.tokens["train"] / size.rows["train"]
-    validations = math.ceil(config.steps / config.validate_every)
-    checked = _flops(size, "validation", 2 * (size.linear + adapters) * validations) or 0.0
-    return Cost(adapters, tokens * (4 * size.linear + 6 * adapters) + checked, memory)
+def _link(key: str, params: Params, size: Sizes) -> Cost:
+    """Training steps, a forward over the validation rows at every validation, and the knot."""
+    config = LinkConfig(**{**params.link, **params.chain[key].link})
+    ranks, shape = reference_ranks(key, params, size), size.shape
+    trainable = sum(rank * sum(shape.modules[name]) for name, rank in ranks.items())
+    if "train" not in size.splits:
+        return Cost(trainable, None, _memory(params, size, ADAM * trainable))
+    checkpointing = config.activation_checkpointing
+    batch = _work(params, size, "train", min(config.batch, config.micro_batch), longest=True)
+    kept = activations(shape, batch, ranks, WIDTH[params.machine.dtype], checkpointing=checkpointing)
+    steps = config.steps * lora_step(shape, _work(params, size, "train", config.batch), ranks, checkpointing)
+    checked = forward(shape, _work(params, size, "validation", size.splits["validation"].rows), ranks)
+    flops = steps + math.ceil(config.steps / config.validate_every) * checked + knot(shape, ranks)
+    return Cost(trainable, flops, _memory(params, size, ADAM * trainable + kept + logits_bytes(shape, batch)))
 
 
-def _merge(_: str | None, params: Params, size: Sizes) -> Cost:
-    """s B A of every module and link; the masters are fp32 and held once."""
-    ranks = sum(_rank(key, params) for key in params.chain)
-    return Cost(0, 2.0 * ranks * size.linear, 4 * size.weights)
+def _merge(_: str, params: Params, size: Sizes) -> Cost:
+    """Every knot of the chain."""
+    knots = sum(knot(size.shape, reference_ranks(key, params, size)) for key in params.chain)
+    return Cost(0, knots, knot_bytes(size.shape, size.weights))
 
 
-def _evaluate(_: str | None, params: Params, size: Sizes) -> Cost:
+def _evaluate(_: str, params: Params, size: Sizes) -> Cost:
     """Every prefix if asked (the whole chain is the last), else the whole chain alone."""
-    models = len(params.chain) if params.evaluate.prefixes else 1
-    return Cost(0, _scoring(params, size, models), _base(params, size))
+    return _scoring(params, size, len(params.chain) if params.evaluate.prefixes else 1)
 
 
-def _evaluate_base(_: str | None, params: Params, size: Sizes) -> Cost:
-    return Cost(0, _scoring(params, size, 1), _base(params, size))
+def _evaluate_base(_: str, params: Params, size: Sizes) -> Cost:
+    return _scoring(params, size, 1)
 
 
-Count = Callable[[str | None, Params, Sizes], Cost]
+Count = Callable[[str, Params, Sizes], Cost]
 COSTS: dict[str, Count] = {
     "profile": _profile,
     "link": _link,
@@ -125,32 +149,35 @@ COSTS: dict[str, Count] = {
 }
 
 
-def _scoring(params: Params, size: Sizes, models: int) -> float | None:
-    """A forward over the scored test rows: the prompt once, then every candidate."""
-    rows = size.rows.get("test")
-    if not rows:
-        return None
-    scored = rows if params.evaluate.rows == "all" else min(rows, params.evaluate.rows)
-    per_row = size.tokens["test"] / rows + size.candidates
-    return models * scored * per_row * 2.0 * size.linear
+def _scoring(params: Params, size: Sizes, models: int) -> Cost:
+    """A forward over the scored test rows: the prompt once, with every candidate; generation reads it once more."""
+    if "test" not in size.splits:
+        return Cost(0, None, _memory(params, size, 0))
+    split = size.splits["test"]
+    rows = split.rows if params.evaluate.rows == "all" else min(split.rows, params.evaluate.rows)
+    prompt = split.prompt / split.rows
+    candidates: Sequence[float] = size.candidates or [split.answer / split.rows]
+    passes = forward(size.shape, Work.of(size.kind, rows, prompt, candidates))
+    if size.generated:
+        passes += forward(size.shape, Work.of(size.kind, rows, prompt, [size.generated]))
+    batch = Work.of(size.kind, min(rows, params.evaluate.batch), prompt, candidates)
+    return Cost(0, models * passes, _memory(params, size, logits_bytes(size.shape, batch)))
 
 
-def _flops(size: Sizes, split: str, per_token: float) -> float | None:
-    return size.tokens[split] * per_token if split in size.tokens else None
+def _work(params: Params, size: Sizes, split: str, rows: int, longest: bool = False) -> Work:
+    """So many rows of a split as training reads them, all as long as its mean or its longest."""
+    found = size.splits[split]
+    compared = params.prepare.loss == "candidates" and size.candidates
+    answer = found.answer / found.rows
+    prompt = found.longest - answer if longest else found.prompt / found.rows
+    return Work.of(size.kind, rows, prompt, size.candidates if compared else [answer])
 
 
-def _rank(key: str, params: Params) -> int:
-    return AllocateConfig(**{**params.allocate, **params.chain[key].allocate}).rank
-
-
-def _adapters(key: str | None, params: Params, size: Sizes) -> int:
-    """p at the reference rank: what uniform ranks cost, and what an allocator has to spend."""
-    targets = select_targets(size.modules, params.targets)
-    return _rank(str(key), params) * sum(sum(size.modules[name]) for name in targets)
-
-
-def _base(params: Params, size: Sizes) -> int:
-    return size.weights * BYTES[params.machine.dtype]
+def _memory(params: Params, size: Sizes, more: float) -> float:
+    """Weights and what comes on top; on a CPU the wider master that the weights are cast from is there before."""
+    dtype = params.machine.dtype
+    loading = size.weights * MASTER[dtype] if params.machine.device == "cpu" else 0
+    return max(size.weights * WIDTH[dtype] + more, loading)
 
 
 def _weights(model: Path) -> int:
@@ -164,12 +191,13 @@ def _parameters(path: Path) -> int:
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
-def _count(path: Path) -> tuple[int, int]:
-    """Rows and tokens of a prepared split."""
+def _split(path: Path) -> Split:
+    """Lengths alone are read of a prepared split."""
     import pyarrow
-    import pyarrow.compute
+    import pyarrow.compute as pc
 
     with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
         table = reader.read_all()
-    lengths = [pyarrow.compute.sum(pyarrow.compute.list_value_length(table[name])) for name in ("prompt", "answer")]
-    return table.num_rows, sum(length.as_py() or 0 for length in lengths)
+    prompt, answer = (pc.list_value_length(table[name]) for name in ("prompt", "answer"))
+    longest = pc.max(pc.add(prompt, answer))
+    return Split(table.num_rows, *(value.as_py() or 0 for value in (pc.sum(prompt), pc.sum(answer), longest)))

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cola_core.arithmetic.flops import lora_step
 from cola_core.config.base import read_yaml
 from cola_core.config.params import Params, check_params
 from flows.child import quiet
-from flows.cost import Cost, Sizes, cost, sizes
+from flows.cost import Cost, Sizes, cost, reference_ranks, sizes
 from flows.graph import Fate, plan, stages
 from flows.timing import Timing, alternatives, measure
 
@@ -56,7 +57,7 @@ def make_plan(root: Path, timed: bool = True) -> Plan:
     """
     params = check_params(read_yaml(root / "params.yaml"))
     size = sizes(root)
-    ready = size is not None and "train" in size.tokens
+    ready = size is not None and "train" in size.splits
     quiet()
     busy = os.getloadavg()[0]
     timings = list(measure(root, params, alternatives(params.machine))) if timed and ready else []
@@ -71,9 +72,7 @@ def make_plan(root: Path, timed: bool = True) -> Plan:
 
 def _speed(params: Params, size: Sizes, timing: Timing) -> float:
     """FLOP per second of a training micro-step, by the same arithmetic as the costs."""
-    link = cost("link", "1", params, size)
-    assert link is not None
-    return timing.tokens * (4 * size.linear + 6 * link.trainable) / timing.seconds
+    return lora_step(size.shape, timing.work, reference_ranks("1", params, size)) / timing.seconds
 
 
 def _line(name: str, fate: Fate, found: Cost | None, speed: float | None) -> Line:
@@ -84,10 +83,14 @@ def _line(name: str, fate: Fate, found: Cost | None, speed: float | None) -> Lin
 def _unknown(size: Sizes | None, busy: float, timed: bool) -> Iterator[str]:
     if size is None:
         yield "parameters, memory and FLOPs: known after `dvc repro fetch`, which brings the base model's shapes"
-    if timed and (size is None or "train" not in size.tokens):
+    if timed and (size is None or "train" not in size.splits):
         yield "FLOPs of whole stages, times and the best machine setting: known after `dvc repro prepare`"
     if size is not None:
-        yield "memory is weights, gradients and optimizer state; activations come on top"
+        yield "memory is an estimate: weights, what trains, one micro-batch's activations and logits; not the libraries"
+        if "train" not in size.splits:
+            yield "activations and logits: known after `dvc repro prepare`"
+        if not size.shape.complete:
+            yield "attention or the output layer of this model is not known by name: only its linear maps are counted"
         yield "times hold for the arithmetic alone: loading, reading and writing come on top"
     if busy > (os.cpu_count() or 1) / 2:
         yield f"other work kept {busy:.1f} of {os.cpu_count()} cores busy: times measured now are too long"

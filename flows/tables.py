@@ -24,7 +24,9 @@ def print_plan(plan: Plan) -> None:
         console.print(f"stages that run, together: about {_duration(sum(due))}")
     for timing in plan.timings:
         setting = f"{timing.machine.device}, {timing.machine.threads} thread(s), {timing.machine.dtype}"
-        console.print(f"micro-step of {timing.tokens} tokens: {timing.seconds:.2f} s on {setting}", highlight=False)
+        console.print(
+            f"micro-step of {timing.work.tokens} tokens: {timing.seconds:.2f} s on {setting}", highlight=False
+        )
     if plan.timings:
         better = plan.better
         words = f"fastest here: {better.argument}" if better else "the setting in params.yaml is as fast as any here"

@@ -7,24 +7,29 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cola_core.arithmetic.shape import Work
 from cola_core.config.params import Params
 from cola_core.config.recipe import BaseStore, LinkConfig, MachineConfig
 from cola_core.files import read_json
 from cola_core.targets import select_targets
 
-__all__ = ["Timing", "alternatives", "measure"]
+if TYPE_CHECKING:
+    from cola_core.batches import Batch
+
+__all__ = ["Timing", "alternatives", "measure", "work_of"]
 
 REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Timing:
-    """seconds: of the quickest forward and backward; tokens: of the micro-batch."""
+    """seconds: of the quickest forward and backward of the micro-batch `work`."""
 
     machine: MachineConfig
     seconds: float
-    tokens: int
+    work: Work
 
     @property
     def argument(self) -> str:
@@ -65,7 +70,14 @@ def measure(root: Path, params: Params, machines: list[MachineConfig]) -> Iterat
         objective = Objective(_adapted(root, params, machine, len(task.labels)), kind, task)
         batch = objective.training_batch(rows)
         times = [_step(objective, batch) for _ in range(REPEATS + 1)][1:]
-        yield Timing(machine, min(times), batch.tokens)
+        yield Timing(machine, min(times), work_of(batch))
+
+
+def work_of(batch: Batch) -> Work:
+    """What one batch computes, padding included."""
+    (rows, length), second = batch.inputs["input_ids"].shape, batch.inputs.get("decoder_input_ids")
+    decoder_rows, decoder_length = (0, 0) if second is None else second.shape
+    return Work(rows, length, len(batch.rows) or len(batch.labels), decoder_rows, decoder_length)
 
 
 def _step(objective: object, batch: object) -> float:

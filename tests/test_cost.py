@@ -1,0 +1,144 @@
+"""What `cola plan` says a stage costs, against the same work counted while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.paper import PAGE, SETTINGS, placed
+from cola_core.arithmetic.flops import forward
+from cola_core.arithmetic.shape import Work
+from cola_core.batches import Row
+from cola_core.config.base import read_yaml
+from cola_core.config.params import Params, check_params
+from cola_core.evaluation.answers import answer
+from cola_core.files import write_json
+from cola_core.links import KNOT_ROWS, open_chain, run_link
+from cola_core.probe import probe
+from flows.cost import Sizes, cost, reference_ranks, sizes
+from tests.lab import CANDIDATES, FP32, LINK, PROFILE, base_of, job_of, root_of, task_of
+
+REPOSITORY = Path(__file__).parent.parent
+PROMPT, COUNTS = 9, {"train": 16, "validation": 8, "test": 12, "probe": 5}
+
+
+def rows(split: str) -> list[Row]:
+    """Of one length, so that means are exact and nothing is padded."""
+    return [Row(f"{split}:{i}", list(range(40, 40 + PROMPT)), CANDIDATES[0], 0, "a") for i in range(COUNTS[split])]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project after `prepare`, as far as its sizes are read."""
+    (tmp_path / "artifacts/fetch").mkdir(parents=True)
+    (tmp_path / "artifacts/fetch/model").symlink_to(base_of("llama"))
+    prepared = tmp_path / "artifacts/prepare"
+    prepared.mkdir()
+    write_json(prepared / "task.json", asdict(task_of("llama")))
+    for split in COUNTS:
+        table = pa.Table.from_pylist([asdict(row) for row in rows(split)])
+        with pa.OSFile(str(prepared / f"{split}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+            out.write_table(table)
+    return tmp_path
+
+
+def setting(**sections: Any) -> Params:
+    raw = read_yaml(REPOSITORY / "params.yaml")
+    raw |= {"machine": FP32.model_dump(), "link": {k: v for k, v in LINK.model_dump().items() if k != "steps"}}
+    raw |= {"profile": PROFILE.model_dump() | {"sketch": 32}, "schedule": raw["schedule"] | {"horizon": 12}}
+    for item in raw["chain"].values():
+        item["link"] = {"steps": 6}
+    return check_params(raw | sections)
+
+
+def known(root: Path) -> Sizes:
+    found = sizes(root)
+    assert found is not None
+    return found
+
+
+def counted(work: Any) -> int:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def test_a_link_is_its_steps_validations_and_knot(root: Path, tmp_path: Path) -> None:
+    params, size = setting(), known(root)
+    ranks = reference_ranks("1", params, size)
+    job = job_of(
+        "llama", root_of("llama", tmp_path), FP32, ranks=ranks, train=rows("train"), validation=rows("validation")
+    )
+    said = cost("link", "1", params, size)
+    assert said is not None and said.flops is not None
+    more = sum(length - 1 for length in map(len, CANDIDATES))
+    check = Work(KNOT_ROWS, PROMPT + more, KNOT_ROWS * (1 + more))  # scored before and after the knot: not in the plan
+    assert counted(lambda: run_link(job)) == said.flops + forward(size.shape, check, ranks) + forward(size.shape, check)
+    assert said.trainable == sum(rank * sum(size.shape.modules[name]) for name, rank in ranks.items())
+
+
+def test_a_probe_and_an_evaluation(root: Path, tmp_path: Path) -> None:
+    params, size = setting(), known(root)
+    objective = open_chain(base_of("llama"), root_of("llama", tmp_path), task_of("llama"), FP32)
+    evaluated = cost("evaluate_base", None, params, size)
+    assert evaluated is not None
+    assert counted(lambda: answer(objective, rows("test"), 4, lambda ids: "")) == evaluated.flops
+    profiled = cost("profile", "1", params, size)
+    modules = {name: objective.model.get_submodule(name) for name in size.shape.modules}
+    config = PROFILE.model_copy(update={"sketch": 32})
+    assert profiled is not None
+    assert counted(lambda: probe(objective, rows("probe"), modules, {}, config, (0, 1))) == profiled.flops
+
+
+def test_generation_reads_the_prompt_once_more(root: Path, tmp_path: Path) -> None:
+    """An upper bound: attention counts the whole square, decoding with a cache only its last rows."""
+    task = replace(task_of("llama"), kind="generate", candidates=[])
+    write_json(root / "artifacts/prepare/task.json", asdict(task))
+    objective = open_chain(base_of("llama"), root_of("llama", tmp_path), task, FP32)
+    said = cost("evaluate_base", None, setting(), known(root))
+    assert said is not None and said.flops is not None
+    found = counted(lambda: answer(objective, rows("test"), 4, lambda ids: ""))
+    assert found < said.flops < 1.02 * found
+
+
+def test_memory_grows_with_what_is_held(root: Path) -> None:
+    size = known(root)
+
+    def memory(task: str, key: str | None, **sections: Any) -> float:
+        found = cost(task, key, setting(**sections), size)
+        assert found is not None
+        return found.memory
+
+    gpu = {"device": "cuda", "threads": 1}
+    narrow, wide = ({**gpu, "dtype": dtype} for dtype in ("bf16", "fp32"))
+    assert size.weights * 2 < memory("link", "1", machine=narrow) < memory("link", "1", machine=wide)
+    assert memory("merge", None) >= size.weights * 4
+    assert memory("evaluate_base", None, machine={**narrow, "device": "cpu"}) >= size.weights * 4  # the fp32 master
+    profile = PROFILE.model_dump() | {"sketch": 32, "micro_batch": COUNTS["probe"]}
+    held = memory("profile", "1", profile=profile | {"probe": "accumulate"})
+    assert held == memory("profile", "1", profile=profile) + 4 * size.shape.linear
+
+
+def test_what_is_not_prepared_is_not_known(root: Path) -> None:
+    for file in (root / "artifacts/prepare").iterdir():
+        file.unlink()
+    size, params = known(root), setting()
+    assert size.splits == {}
+    for task in ("profile", "link", "evaluate"):
+        found = cost(task, "1", params, size)
+        assert found is not None and found.flops is None and found.memory >= size.weights * 4
+    assert cost("fetch", None, params, size) is None
+
+
+def test_the_page_has_the_tables_that_the_formulas_give() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert placed(page) == page, "run `python -m benchmarks.paper`"
+    seven = SETTINGS[0]
+    assert seven.weights == 6_738_415_616  # Llama-2-7B's own count
+    assert SETTINGS[1].weights == 70_553_706_496  # Llama-3-70B's
