@@ -9,11 +9,12 @@ import torch
 from benchmarks.pairs import Pairs
 from benchmarks.results import Row, compared
 from benchmarks.setting import Setting
-from cola_core.chain import Link, read_chain, write_link, write_root
+from cola_core.chain import Link, read_chain, write_link
 from cola_core.config.recipe import MachineConfig, ScheduleConfig
 from cola_core.evaluation.answers import answer
 from cola_core.files import read_json
 from cola_core.links import LinkJob, open_chain, run_link
+from cola_core.root import write_root
 from cola_core.targets import select_targets
 from cola_core.train import mean_loss
 

@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cola_core.adapter_files import Adapter, read_adapter, write_adapter
 from cola_core.adapters import Pair, add_pair
 from cola_core.errors import UserError
-from cola_core.files import new_dir, read_json, tree_hash, write_json
-from cola_core.models import base_manifest, head_parameters
+from cola_core.files import new_dir, read_json, tree_hash
+from cola_core.models import head_parameters
+from cola_core.root import seal
 
-__all__ = ["Link", "read_chain", "tie", "write_link", "write_root"]
+__all__ = ["Link", "read_chain", "tie", "write_link"]
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,6 @@ class Link:
             raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
 
 
-def write_root(folder: Path, base: Path, labels: int, head: dict[str, Tensor]) -> None:
-    """Write link 0: the base's reference and hash, and the head that every recipe starts from."""
-    manifest = base_manifest(base)
-    with new_dir(folder) as temporary:
-        if head:
-            save_file(
-                {n: t.contiguous() for n, t in head.items()}, temporary / "head.safetensors", metadata={"format": "pt"}
-            )
-        reference = {key: manifest[key] for key in ("asset", "hash", "kind", "family")}
-        _seal(temporary, {"link": 0, "parent": None, "base": reference, "labels": labels})
-
-
 def write_link(folder: Path, adapter: Adapter, record: dict[str, Any], extra: dict[str, str]) -> None:
     """Write one link whole or not at all.
 
@@ -76,7 +65,7 @@ def write_link(folder: Path, adapter: Adapter, record: dict[str, Any], extra: di
         write_adapter(temporary, adapter)
         for name, text in extra.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        _seal(temporary, record)
+        seal(temporary, record)
 
 
 def read_chain(folder: Path) -> list[Link]:
@@ -135,12 +124,6 @@ def _add(module: nn.Module, name: str, pair: Pair, link: Link) -> float:
     if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{link.folder}: {name} is not finite after merging link {link.number}; train it again")
     return error
-
-
-def _seal(folder: Path, record: dict[str, Any]) -> None:
-    """link.json last: it names every other file by hash."""
-    files = {file.name: tree_hash(file) for file in sorted(folder.iterdir())}
-    write_json(folder / "link.json", {**record, "files": files})
 
 
 def _read_link(folder: Path) -> Link:

@@ -15,11 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from cola_core.axes.bases import BASES
 from cola_core.config.recipe import MachineConfig
 from cola_core.errors import UserError
-from cola_core.files import read_json, tree_hash
+from cola_core.root import base_manifest
 
 __all__ = [
     "adaptable",
-    "base_manifest",
     "head_parameters",
     "load_base",
     "module_shapes",
@@ -33,11 +32,6 @@ CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "encoder": "AutoModelForSequenceClassification",
 }
-
-
-def base_manifest(path: Path) -> dict[str, Any]:
-    """cola.json of a base directory, and under `hash` the hash that names the base in chains."""
-    return {**read_json(path / "cola.json"), "hash": tree_hash(path / "cola.json")}
 
 
 def load_base(path: Path, machine: MachineConfig, labels: int = 0, dropout: float = 0.0) -> PreTrainedModel:

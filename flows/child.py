@@ -1,4 +1,4 @@
-"""One stage as a child: `python -m dvc repro --single-item STAGE`, its lines handed on, its failure understood."""
+"""Stages in a child: `dvc repro --single-item STAGE`, its lines handed on, its failure understood."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from cola_core.errors import RetryError, UserError
+from flows import worker
+from flows.worker import END
 from flows.workspace import Workspace
 from tasks.stage import QUIET
 
-__all__ = ["environment", "quiet", "repro"]
+__all__ = ["Dvc", "environment", "quiet", "repro"]
 
 SILENT = {**QUIET, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PYTHONUNBUFFERED": "1"}
 SHELL = ": failed to run: "  # DVC's word for a command that failed: the stage's own line says more
@@ -35,34 +37,76 @@ def environment(**more: str) -> dict[str, str]:
     return {**SILENT, **os.environ, "PATH": path, **more}
 
 
-def repro(workspace: Workspace, stage: str, tell: Callable[[str], None]) -> bool:
-    """Let DVC bring one stage up to date; returns whether its command ran (else the run cache had the outs).
+class Dvc:
+    """DVC as a child for the stages of one run, in a with-block; started by the first stage that needs it."""
 
-    DVC ends with 255 whatever its stage said, so the stage leaves its exit code and line in a file (`COLA_FAILURE`).
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._process: subprocess.Popen[str] | None = None
 
-    Args:
-        tell: called with every line of the child's output as it comes.
+    def __enter__(self) -> Dvc:
+        return self
 
-    Raises:
-        UserError: the stage failed; its one clear line, or the last line of a crash.
-        RetryError: the stage said that it may succeed later.
-    """
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
-    ran, last = False, ""
-    with tempfile.TemporaryDirectory() as folder:
-        note = Path(folder) / "failure.json"
-        process = _start(command, workspace, environment(COLA_FAILURE=str(note)))
-        try:
-            for line in _lines(process):
-                ran = ran or line.startswith("Running stage ")
-                last = last if not line or SHELL in line else line
-                if line and not line.startswith(ADVICE):
-                    tell(line)
-            if process.wait():
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def repro(self, stage: str, tell: Callable[[str], None]) -> bool:
+        """Let DVC bring one stage up to date; returns whether its command ran.
+
+        DVC says 255 whatever its stage said, so the stage leaves its exit code and line in a file (`COLA_FAILURE`).
+
+        Args:
+            tell: called with every line of the child's output as it comes.
+
+        Raises:
+            UserError: the stage failed; its one clear line, or the last line of a crash.
+            RetryError: the stage said that it may succeed later.
+        """
+        ran, last, code = False, "", ""
+        with tempfile.TemporaryDirectory() as folder:
+            note = Path(folder) / "failure.json"
+            try:
+                for line in self._lines(f"{stage}\t{note}\n"):
+                    if line.startswith(END):
+                        code = line.removeprefix(END)
+                        break
+                    ran = ran or line.startswith("Running stage ")
+                    last = last if not line or SHELL in line else line
+                    if line and not line.startswith(ADVICE):
+                        tell(line)
+            except BaseException:
+                self.close()  # a cancelled run must not train on
+                raise
+            if code != "0":
                 _raise(note, stage, last)
-        finally:
-            _end(process)
-    return ran
+        return ran
+
+    def close(self) -> None:
+        """Leave nothing of the child behind, whatever ended the wait."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with suppress(OSError):
+            process.stdin.close()  # type: ignore[union-attr]  # idle, it ends by itself
+        _end(process)
+        process.stdout.close()  # type: ignore[union-attr]
+
+    def _lines(self, order: str) -> Iterator[str]:
+        """Hand one order over; what the child prints from then on."""
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._process = _start(self._workspace)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(order)
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            yield line.rstrip()
+
+
+def repro(workspace: Workspace, stage: str, tell: Callable[[str], None]) -> bool:
+    """`Dvc.repro` of one stage alone."""
+    with Dvc(workspace) as dvc:
+        return dvc.repro(stage, tell)
 
 
 def _raise(note: Path, stage: str, last: str) -> None:
@@ -72,13 +116,13 @@ def _raise(note: Path, stage: str, last: str) -> None:
     raise (RetryError if failure["code"] == RetryError.exit_code else UserError)(failure["line"])
 
 
-def _start(command: list[str], workspace: Workspace, variables: dict[str, str]) -> subprocess.Popen[str]:
+def _start(workspace: Workspace) -> subprocess.Popen[str]:
     """A child in a process group of its own, which also holds the workspace's lock for as long as it lives."""
     return subprocess.Popen(
-        command,
+        [sys.executable, "-P", str(Path(worker.__file__).resolve())],
         cwd=workspace.path,
-        env=variables,
-        stdin=subprocess.DEVNULL,
+        env=environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -88,14 +132,7 @@ def _start(command: list[str], workspace: Workspace, variables: dict[str, str]) 
     )
 
 
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    assert process.stdout is not None
-    for line in process.stdout:
-        yield line.rstrip()
-
-
 def _end(process: subprocess.Popen[str]) -> None:
-    """Leave nothing of the child behind, whatever ended the wait: a cancelled run must not train on."""
     for farewell, patience in FAREWELL:
         if process.poll() is not None:
             return

@@ -15,7 +15,7 @@ from flows.project import project
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
-__all__ = ["Fate", "Stage", "changed", "plan", "stages"]
+__all__ = ["Fate", "Stage", "outline", "plan", "stages"]
 
 Fate = Literal["run", "restore", "keep"]
 
@@ -47,13 +47,28 @@ def stages(root: Path) -> list[Stage]:
     Raises:
         UserError: dvc.yaml or params.yaml cannot be read, or they do not give the links that `chain` names.
     """
-    raw = read_yaml(root / "params.yaml")
-    if "chain" in raw:
-        check_chain(raw)
+    links = _links(root)
     with project(root) as repo:
-        found = [Stage(stage.name, _after(repo, stage)) for stage in _ordered(repo)]
-    _check_links(found, list(raw.get("chain", {})))
+        found = _found(repo)
+    _check_links(found, links)
     return found
+
+
+def outline(root: Path) -> tuple[list[Stage], frozenset[str]]:
+    """`stages`, and the names of those that `dvc repro` would do anything for or after, from one look at the project.
+
+    Raises:
+        UserError: as `stages`.
+        RetryError: another process works on the same files.
+    """
+    links, due = _links(root), set[str]()
+    with project(root) as repo, repo.lock:
+        found = _found(repo)
+        for stage in _ordered(repo):
+            if not due.isdisjoint(_after(repo, stage)) or stage.changed():
+                due.add(stage.name)
+    _check_links(found, links)
+    return found, frozenset(due)
 
 
 def plan(root: Path) -> dict[str, Fate]:
@@ -72,16 +87,6 @@ def plan(root: Path) -> dict[str, Fate]:
             upstream_runs = any(fates[name] == "run" for name in _after(repo, stage))
             fates[stage.name] = "run" if upstream_runs else _fate(repo, stage)
     return fates
-
-
-def changed(root: Path, name: str) -> bool:
-    """Whether `dvc repro --single-item` would do anything for one stage, its upstream as it is now.
-
-    Raises:
-        UserError, RetryError: as `plan`.
-    """
-    with project(root) as repo, repo.lock:
-        return any(bool(stage.changed()) for stage in _ordered(repo) if stage.name == name)
 
 
 def _fate(repo: Repo, stage: Any) -> Fate:
@@ -110,8 +115,20 @@ def _ordered(repo: Repo) -> list[Any]:
     return [stage for stage in networkx.dfs_postorder_nodes(repo.index.graph) if stage.cmd]
 
 
+def _found(repo: Repo) -> list[Stage]:
+    return [Stage(stage.name, _after(repo, stage)) for stage in _ordered(repo)]
+
+
 def _after(repo: Repo, stage: Any) -> tuple[str, ...]:
     return tuple(before.name for before in repo.index.graph.successors(stage) if before.cmd)
+
+
+def _links(root: Path) -> list[str]:
+    """The chain's links by params.yaml, checked."""
+    raw = read_yaml(root / "params.yaml")
+    if "chain" in raw:
+        check_chain(raw)
+    return list(raw.get("chain", {}))
 
 
 def _check_links(found: list[Stage], wanted: list[str]) -> None:

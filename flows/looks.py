@@ -38,11 +38,10 @@ def inspect_path(path: Path, rows: int, picks: Mapping[str, str | None], overrid
         yield missing
         return
     quiet()
-    from transformers import AutoTokenizer
-
     from cola_core.data.inspection import inspect_file
+    from cola_core.data.tokens import open_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
+    tokenizer = open_tokenizer(MODEL)
     yield from inspect_file(path, params.prepare, tokenizer, rows, params.fetch.model.kind).lines()
 
 

@@ -17,9 +17,9 @@ from cola_core.config.base import load_yaml
 from cola_core.errors import RetryError, UserError
 from flows.about import about
 from flows.artifacts import show
-from flows.child import environment, repro
+from flows.child import Dvc, environment
 from flows.compose import choices, compose
-from flows.graph import Stage, changed, stages
+from flows.graph import Stage, outline
 from flows.locks import pool_size, slot
 from flows.snapshot import checkout, snapshot, unpacked
 from flows.workspace import Workspace, opened, runs
@@ -99,23 +99,25 @@ def _run(root: Path, tree: str, text: str) -> State:
 def _stages(workspace: Workspace) -> State | None:
     """Every stage of the graph as a task, one at a time, up to the first that fails; returns the flow's failure."""
     ended: dict[str, State] = {}
-    for stage in stages(workspace.path):
-        before = [ended[name] for name in stage.after]
-        state = _as_task(workspace, stage)(return_state=True, wait_for=before)
-        if not state.is_completed():
-            return Failed(message=state.message, data=state.result(raise_on_failure=False))
-        ended[stage.name] = state
+    found, due = outline(workspace.path)  # the workspace is this run's alone: what is not due now will not be later
+    with Dvc(workspace) as dvc:
+        for stage in found:
+            before = [ended[name] for name in stage.after]
+            task = _as_task(workspace, stage, dvc if stage.name in due else None)
+            state = task(return_state=True, wait_for=before)
+            if not state.is_completed():
+                return Failed(message=state.message, data=state.result(raise_on_failure=False))
+            ended[stage.name] = state
     return None
 
 
-def _as_task(workspace: Workspace, stage: Stage) -> "Task[[], State]":
-    """The Prefect task of one stage, named, described and retried as tasks/<stage>.py says."""
+def _as_task(workspace: Workspace, stage: Stage, dvc: Dvc | None) -> "Task[[], State]":
+    """The Prefect task of one stage, named, described and retried as tasks/<stage>.py says; without `dvc`, Cached."""
     told = about(workspace.path, stage.task)
 
     def run_stage() -> State:
         try:
-            due = changed(workspace.path, stage.name)
-            ran = due and repro(workspace, stage.name, get_run_logger().info)
+            ran = dvc is not None and dvc.repro(stage.name, get_run_logger().info)
             show(workspace.path, stage)
             return Completed() if ran else Completed(name="Cached", message="nothing changed")
         except RetryError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.places import ARTIFACTS
 from tasks.progress import progress
@@ -32,17 +32,15 @@ def test_sample(context: Context) -> tuple[Task, list[Row]]:
 
 def answers_of(context: Context, name: str, chain: Sequence[Link], task: Task, rows: Sequence[Row]) -> Answers:
     """Rebuild base + chain and let it answer `rows`."""
-    from transformers import AutoTokenizer
-
     from cola_core.config.recipe import MachineConfig
     from cola_core.config.report import EvaluateConfig
+    from cola_core.data.tokens import open_tokenizer
     from cola_core.evaluation.answers import answer
     from cola_core.links import open_chain
 
     config = context.section(EvaluateConfig, "evaluate")
     objective = open_chain(BASE, chain, task, context.section(MachineConfig, "machine"))
-    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
-
+    tokenizer: Any = open_tokenizer(BASE) if task.kind == "generate" else None  # nothing else is decoded
     with progress(f"{context.stage} {name}") as tick:
         return answer(
             objective,

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from cola_core.assets.base import base_folder
-from cola_core.chain import Link, read_chain, write_link, write_root
+from cola_core.chain import Link, read_chain, write_link
 from cola_core.config.recipe import LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
 from cola_core.links import LinkJob, open_chain, run_link
 from cola_core.models import adaptable, head_parameters, weight_shape
+from cola_core.root import write_root
 from cola_core.rows import Row, Task
 
 KINDS = {"llama": "causal", "opt": "causal", "gpt2": "causal", "t5": "seq2seq", "bert": "encoder"}

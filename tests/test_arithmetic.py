@@ -18,11 +18,11 @@ from cola_core.adapters import Pair, add_pair, attach
 from cola_core.arithmetic.flops import forward, full_step, knot, lora_step, probe
 from cola_core.arithmetic.memory import activations, logits_bytes
 from cola_core.arithmetic.shape import Shape, Work, walk
-from cola_core.batches import Row
 from cola_core.config.recipe import MachineConfig
 from cola_core.files import read_json
 from cola_core.models import adaptable, load_base, place, weight_shape
 from cola_core.probe import probe as run_probe
+from cola_core.rows import Row
 from cola_core.scoring import Objective
 from cola_core.targets import select_targets
 from flows.timing import work_of

@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.paper import PAGE, SETTINGS, placed
 from cola_core.arithmetic.flops import forward
 from cola_core.arithmetic.shape import Work
-from cola_core.batches import Row
 from cola_core.config.base import read_yaml
 from cola_core.config.params import Params, check_params
 from cola_core.evaluation.answers import answer
 from cola_core.files import write_json
 from cola_core.links import KNOT_ROWS, open_chain, run_link
 from cola_core.probe import probe
+from cola_core.rows import Row
 from flows.cost import Sizes, cost, reference_ranks, sizes
 from tests.lab import CANDIDATES, FP32, LINK, PROFILE, base_of, job_of, root_of, task_of
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cola_core.assets.tiny import build_tiny
 from cola_core.config.base import parse
@@ -20,6 +20,7 @@ from cola_core.config.task import PrepareConfig
 from cola_core.data.encode import Codec, candidate_ids, encode
 from cola_core.data.examples import Example
 from cola_core.data.templates import template
+from cola_core.data.tokens import Plain, open_tokenizer
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json
 
@@ -170,6 +171,26 @@ def test_seq2seq_knows_how_its_decoder_starts(tmp_path: Path) -> None:
             write_json(tmp_path / name, content)
     with pytest.raises(UserError, match="decoder_start_token_id: missing"):
         Codec.load(tmp_path)
+
+
+TEXTS = ["", " ", "a", " a b  c ", "Ünï çødé, 漢字 and 🙂!", "<s> </s> <pad> [SEP]", "don ' t stop , now .", "x\ny\t z"]
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_the_plain_tokenizer_is_transformers_own(tmp_path: Path, family: str) -> None:
+    build_tiny(family, tmp_path)
+    plain, whole = open_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(plain) is Plain
+    assert (plain.pad_token_id, plain.eos_token_id) == (whole.pad_token_id, whole.eos_token_id)
+    for special in (False, True):
+        asked = {"add_special_tokens": special, "return_offsets_mapping": True}
+        found, wanted = plain(TEXTS, **asked), whole(TEXTS, **asked)
+        assert found["input_ids"] == wanted["input_ids"] and found["offset_mapping"] == wanted["offset_mapping"]
+        assert plain(TEXTS[4], **asked)["input_ids"] == whole(TEXTS[4], **asked)["input_ids"]
+    for ids in whole(TEXTS)["input_ids"]:
+        assert plain.convert_ids_to_tokens(ids) == whole.convert_ids_to_tokens(ids)
+        for skip in (False, True):
+            assert plain.decode(ids, skip_special_tokens=skip) == whole.decode(ids, skip_special_tokens=skip)
 
 
 def test_no_tokenizer_is_one_line(tmp_path: Path) -> None:

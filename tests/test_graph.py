@@ -12,7 +12,7 @@ from miniature import REPOSITORY, git, make, ran, variables
 
 from cola_core.errors import RetryError, UserError
 from flows.child import repro
-from flows.graph import changed, plan, stages
+from flows.graph import outline, plan, stages
 from flows.imports import code_deps, stage_deps
 from flows.snapshot import snapshot
 from flows.workspace import opened
@@ -98,12 +98,13 @@ def test_the_plan_says_what_dvc_does(project: Path) -> None:
         names = [stage.name for stage in stages(w.path)]
         assert [repro(w, name, lambda line: None) for name in names] == [True] * len(names)
         assert set(plan(w.path).values()) == {"keep"}
-        assert not any(changed(w.path, name) for name in names)
+        assert outline(w.path) == (stages(w.path), frozenset())
         before = ran(project)
         _steps_of_link_2(w.path, 7)
         assert plan(w.path) == {
             "fetch": "keep", "allocate@1": "keep", "allocate@2": "run", "evaluate": "run", "register": "run",
         }  # fmt: skip
+        assert outline(w.path)[1] == {"allocate@2", "evaluate", "register"}
         repro(w, "allocate@2", lambda line: None)
         assert ran(project) == [*before, "allocate@2"]
         _steps_of_link_2(w.path, 40)

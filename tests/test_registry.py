@@ -20,12 +20,13 @@ import yaml
 from cola_core.adapter_files import Adapter
 from cola_core.adapters import Pair
 from cola_core.assets.base import base_folder, find_base
-from cola_core.chain import read_chain, write_link, write_root
+from cola_core.chain import read_chain, write_link
 from cola_core.config.base import read_yaml
 from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json
 from cola_core.models import adaptable, load_base, weight_shape
+from cola_core.root import write_root
 from tasks import merge, prepare, register
 from tasks.export import export
 from tasks.places import ARTIFACTS, link_dir, main_checkout

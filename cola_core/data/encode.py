@@ -16,6 +16,7 @@ from typing import Any
 from cola_core.config.task import PrepareConfig
 from cola_core.data.examples import Example
 from cola_core.data.templates import template
+from cola_core.data.tokens import open_tokenizer
 from cola_core.errors import UserError
 from cola_core.files import read_json
 
@@ -46,7 +47,7 @@ class Codec:
         """Learn from one word what the tokenizer puts around a text.
 
         Args:
-            tokenizer: one of transformers' fast tokenizers.
+            tokenizer: one of transformers' fast tokenizers, or `Plain`.
             kind: causal, seq2seq or encoder.
 
         Raises:
@@ -70,12 +71,7 @@ class Codec:
         Raises:
             UserError: no tokenizer stands there, or a seq2seq config does not tell how its decoder starts.
         """
-        from transformers import AutoTokenizer  # seconds: paid by the stage that tokenises, not by `cola --help`
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError):  # transformers' own text is a page about every format it tried
-            raise UserError(f"{folder}: no tokenizer that transformers can read (tokenizer.json)") from None
+        tokenizer = open_tokenizer(folder)
         kind = read_json(folder / "cola.json")["kind"]
         return cls.of(tokenizer, kind, _decoder_start(folder) if kind == "seq2seq" else None)
 

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 __all__ = ["draw_confusion", "draw_losses", "draw_ranks", "draw_scores"]
 
-plt.rcParams |= {"svg.hashsalt": "cola", "svg.fonttype": "path", "figure.constrained_layout.use": True, "font.size": 9}
+matplotlib.rcParams |= {"svg.hashsalt": "cola", "svg.fonttype": "path", "figure.constrained_layout.use": True}
+matplotlib.rcParams["font.size"] = 9
 BLUE, RED, GREY = "#2b6cb0", "#c05621", "#718096"
 
 
@@ -26,7 +24,8 @@ def draw_losses(folder: Path, losses: Sequence[Mapping[str, Any]]) -> None:
     Args:
         losses: {link, step, loss, validation} with steps counted over the chain.
     """
-    figure, axes = plt.subplots(figsize=(6, 3))
+    figure = Figure(figsize=(6, 3))
+    axes = figure.subplots()
     axes.plot([e["step"] for e in losses], [e["loss"] for e in losses], color=BLUE, lw=1, label="training, per step")
     seen = [(e["step"], e["validation"]) for e in losses if e["validation"] is not None]
     axes.plot(*zip(*seen, strict=True), "o-", color=RED, ms=4, label="validation")
@@ -46,7 +45,8 @@ def draw_ranks(folder: Path, ranks: Mapping[int, Mapping[str, int]]) -> None:
     blocks = sorted({_block(name) for modules in ranks.values() for name in modules})
     top = max(rank for modules in ranks.values() for rank in modules.values())
     height = 0.6 + len(ranks) * (0.5 + 0.22 * len(kinds))
-    figure, grid = plt.subplots(len(ranks), 1, figsize=(max(4, 0.24 * len(blocks) + 2), height), squeeze=False)
+    figure = Figure(figsize=(max(4, 0.24 * len(blocks) + 2), height))
+    grid = figure.subplots(len(ranks), 1, squeeze=False)
     for axes, (link, modules) in zip(grid[:, 0], ranks.items(), strict=True):
         table = [[math.nan] * len(blocks) for _ in kinds]
         for name, rank in modules.items():
@@ -60,7 +60,8 @@ def draw_ranks(folder: Path, ranks: Mapping[int, Mapping[str, int]]) -> None:
 def draw_confusion(folder: Path, table: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
     """True label down, predicted label across; each cell its count."""
     size = 1.5 + 0.5 * len(labels)
-    figure, axes = plt.subplots(figsize=(size + 0.5, size))
+    figure = Figure(figsize=(size + 0.5, size))
+    axes = figure.subplots()
     axes.imshow([[n / max(1, sum(row)) for n in row] for row in table], cmap="Blues", vmin=0, vmax=1)
     for y, row in enumerate(table):
         for x, count in enumerate(row):
@@ -76,7 +77,8 @@ def draw_scores(folder: Path, metrics: Mapping[str, Mapping[str, float]]) -> Non
     Args:
         metrics: name -> {accuracy, accuracy_low, accuracy_high}.
     """
-    figure, axes = plt.subplots(figsize=(6, 0.6 + 0.35 * len(metrics)))
+    figure = Figure(figsize=(6, 0.6 + 0.35 * len(metrics)))
+    axes = figure.subplots()
     for y, m in enumerate(metrics.values()):
         axes.plot([m["accuracy_low"], m["accuracy_high"]], [y, y], color=GREY, lw=2)
         axes.plot(m["accuracy"], y, "o", color=BLUE)
@@ -99,8 +101,7 @@ def _block(name: str) -> tuple[str, int]:
     return ".".join(parts[:first]), int(parts[first])
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
     figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
-    plt.close(figure)

@@ -1,0 +1,101 @@
+"""What the machinery costs beside the arithmetic: DVC with nothing to do, a stage's start, Prefect over DVC."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+
+from benchmarks.pairs import Pairs, alternate, timed
+from benchmarks.results import Row, alone
+from benchmarks.trial import Trial, trial
+
+__all__ = ["rows"]
+
+# Every stage once, in the order of the graph: those that load a model, and those that do not.
+TORCH = ("evaluate_base", "profile 1", "link 1", "profile 2", "link 2", "merge", "evaluate")
+OTHER = ("fetch", "prepare", "head", "allocate 1", "allocate 2", "register")
+ORDER = ("fetch", "prepare", "head", "evaluate_base", "profile 1", "allocate 1", "link 1", "profile 2", "allocate 2",
+         "link 2", "merge", "evaluate", "register")  # fmt: skip
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """Measure on a project of its own, with DVC's caches and a Prefect server of its own.
+
+    Args:
+        quick: fewer repeats, and three light stages in place of twelve where Prefect is measured by the stage.
+    """
+    yield _torch(1 if quick else 3)
+    with trial() as project:
+        times = _stages(project, 1 if quick else 2)
+        project.python("-m", "dvc", "commit", "--force", "--quiet")  # the outs are there: nothing is left to run
+        yield _slowest("torch-stage", "a stage that loads a model, whole process", times, TORCH, 3.5)
+        yield _slowest("other-stage", "any other stage, whole process", times, OTHER, 1.0)
+        idle = _idle(project, 2 if quick else 5)
+        yield alone("dvc-no-op", "`dvc repro` of 13 stages with nothing to do", idle.peer, 1.5)
+        extra = [ours - peer for ours, peer in zip(idle.ours, idle.peer, strict=True)]
+        told = f"flow {statistics.median(idle.ours):.1f} s, a Prefect server running"
+        yield alone("flow-no-op", "`cola run` with nothing to do, beyond `dvc repro`", extra, 3.0, note=told)
+        yield _working(project, quick)
+
+
+def _torch(repeats: int) -> Row:
+    """The yardstick: what no stage that loads a model can go below here."""
+    command = (sys.executable, "-c", "import torch")
+    values = [timed(lambda: _start(command)) for _ in range(repeats + 1)][1:]
+    return alone("torch-import", "`python -c 'import torch'`", values, None, note="goals assume 1.8 s")
+
+
+def _start(command: Sequence[str]) -> None:
+    import subprocess
+
+    subprocess.run(command, check=True)
+
+
+def _stages(project: Trial, repeats: int) -> dict[str, list[float]]:
+    """Wall seconds of `python -m tasks.<stage> [link]`, stage by stage in the graph's order, `repeats` times over."""
+    times: dict[str, list[float]] = {stage: [] for stage in ORDER}
+    for _ in range(repeats):
+        for stage in ORDER:
+            name, *key = stage.split()
+            times[stage].append(timed(lambda words=("-m", f"tasks.{name}", *key): project.python(*words)))
+    return times
+
+
+def _slowest(name: str, what: str, times: dict[str, list[float]], stages: Sequence[str], goal: float) -> Row:
+    """The slowest stage's figure; the note names all."""
+    medians = {stage: statistics.median(times[stage]) for stage in stages}
+    slowest = max(stages, key=medians.__getitem__)
+    note = f"the slowest, {slowest}; all: " + ", ".join(f"{stage} {medians[stage]:.2f}" for stage in stages)
+    return alone(name, what, times[slowest], goal, note=note)
+
+
+def _idle(project: Trial, pairs: int) -> Pairs:
+    """Flow and `dvc repro` in turn with nothing to do; the flow's first run makes its workspace and is not counted."""
+    if ran := project.dvc():
+        raise RuntimeError(f"nothing should be left to do, but {', '.join(ran)} ran")
+    return alternate(project.flow, project.dvc, pairs)
+
+
+def _working(project: Trial, quick: bool) -> Row:
+    """Both on the same change of parameters in turn, each with a value of its own: the run cache would serve a second.
+
+    A new seed runs all stages but fetch; another upper bound of the ranks, which none reaches, the allocations alone.
+    """
+    key, values = ("allocate.r_max", iter(range(31, 0, -1))) if quick else ("seed", iter(range(1, 100)))
+    ran: list[int] = []
+
+    def flow() -> None:
+        project.set(key, next(values))
+        ran.append(len(project.flow()))
+
+    def dvc() -> None:
+        project.set(key, next(values))
+        ran.append(len(project.dvc()))
+
+    found = alternate(flow, dvc, 1, warm_up=0)
+    if len(set(ran)) != 1:
+        raise RuntimeError(f"the flow and dvc repro ran different numbers of stages: {ran}")
+    extra = [(ours - peer) / ran[0] for ours, peer in zip(found.ours, found.peer, strict=True)]
+    note = f"{ran[0]} stages ran; flow {found.ours[0]:.1f} s, dvc repro {found.peer[0]:.1f} s, a new workspace included"
+    return alone("flow-stage", "`cola run` beyond `dvc repro`, per stage that runs", extra, 0.7, note=note)
