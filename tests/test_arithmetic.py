@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -216,8 +215,15 @@ def test_the_order_of_names_changes_nothing(names: Sequence[str]) -> None:
     assert activations(shuffled, work, ranks, 4) == activations(shape, work, ranks, 4)
 
 
-def test_an_unknown_family_counts_its_linear_maps(tmp_path: Path) -> None:
-    shape = Shape.of({"blocks.0.w_1": (4, 3), "blocks.0.w_2": (3, 4)}, "causal", {})
+@pytest.mark.parametrize("first", ["w_1", "q_proj", "k_proj", "query", "v_proj"])
+@pytest.mark.parametrize("config", [{}, {"hidden_size": None, "vocab_size": 9}, {"d_model": 3, "text_config": {}}])
+def test_an_unknown_family_counts_its_linear_maps(first: str, config: dict[str, Any]) -> None:
+    shape = Shape.of({f"blocks.0.{first}": (4, 3), "blocks.0.w_2": (3, 4)}, "causal", config)
     assert not shape.complete and forward(shape, Work(2, 5, 10)) == 2 * 10 * shape.linear
-    assert lora_step(shape, Work(2, 5, 10), {"blocks.0.w_1": 1}) > 0
-    assert activations(shape, Work(2, 5, 10), {"blocks.0.w_1": 1}, 4, checkpointing=True) > 0
+    assert lora_step(shape, Work(2, 5, 10), {f"blocks.0.{first}": 1}) > 0
+    assert activations(shape, Work(2, 5, 10), {f"blocks.0.{first}": 1}, 4, checkpointing=True) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families_here_are_known(family: str) -> None:
+    assert Case(family, "all").shape.complete

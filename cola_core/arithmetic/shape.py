@@ -38,8 +38,9 @@ class Shape:
     @classmethod
     def of(cls, modules: Mapping[str, tuple[int, int]], kind: str, config: Mapping[str, Any]) -> Shape:
         """From cola.json's modules and kind, and config.json; what the latter does not tell is 0 and not counted."""
-        vocabulary = 0 if kind == "encoder" else config.get("vocab_size", 0)
-        return cls(modules, _first(config, HIDDEN), _first(config, HEADS), vocabulary)
+        vocabulary = 0 if kind == "encoder" else _first(config, ["vocab_size"])
+        hidden = _first(config, HIDDEN) if vocabulary or kind == "encoder" else 0
+        return cls(modules, hidden, _first(config, HEADS), vocabulary)
 
     @property
     def head(self) -> int:
@@ -54,7 +55,7 @@ class Shape:
     @property
     def complete(self) -> bool:
         """Whether names and config tell where attention and the output layer are; else only P is counted."""
-        return self.head > 0 and any(_ends(name, QUERY) for name in self.modules)
+        return self.head > 0 and any(group.role == "attention" for group in walk(self, Work(0, 0, 0), {}))
 
 
 @dataclass(frozen=True)
@@ -166,12 +167,17 @@ def walk(
             rows, length = work.decoder_rows if second else work.rows, work.decoder_length if own else work.length
             out, inner = shape.modules[name]
             maps.append(Map(name, out, inner, rows, length, ranks.get(name, 0), name in trained, needs[own]))
-        yield Group([*ROLES, "contract"][order], maps)
+        yield Group([*ROLES, "contract"][order] if order or _attends(maps) else "contract", maps)
         needs[second] |= any(m.above for m in maps)
 
 
 def _first(config: Mapping[str, Any], names: Sequence[str]) -> int:
-    return next((config[name] for name in names if name in config), 0)
+    return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+
+
+def _attends(maps: Sequence[Map]) -> bool:
+    """Whether there are queries and keys: some families have but one of them under these names."""
+    return all(any(_ends(m.name, names) for m in maps) for names in (QUERY, KEY))
 
 
 def _place(name: str) -> tuple[bool, list[int], int, str]:
