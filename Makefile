@@ -1,5 +1,6 @@
 # make run    environment, then the default recipe by `dvc repro`, then its scores
 # make test   environment, then the tests            make lint   style, types, layers
+# make bench  time and memory beside the peers, 15 minutes on 2 cores (QUICK=1: 3 minutes, nothing written)
 # Elsewhere:  make run PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cu130   (empty: PyPI's own build)
 
 PYTHON ?= python3.11
@@ -22,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: run test lint setup clean
+.PHONY: run test lint bench setup clean
 .DEFAULT_GOAL := run
 
 run: setup
@@ -38,6 +39,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
 setup: $(READY)
 

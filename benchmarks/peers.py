@@ -44,7 +44,7 @@ def peft_model(model: nn.Module, pairs: Mapping[str, Pair], where: Setting) -> A
         use_rslora=rslora,
         target_modules=list(pairs),
     )
-    wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    wrapped: Any = get_peft_model(model, config)  # type: ignore[arg-type]
     with torch.no_grad():
         for name, pair in pairs.items():
             layer = wrapped.base_model.model.get_submodule(name)

@@ -51,7 +51,7 @@ class Probes:
     def forward(self) -> Tensor:
         """The model's activations as the backward needs them."""
         self._ask(True)
-        loss = self.objective(self.batch)
+        loss: Tensor = self.objective(self.batch)
         self._ask(False)
         return loss
 
@@ -64,14 +64,14 @@ class Probes:
             mean = weight.grad / units
             a = draw_a(0, 1, name, 8, weight_shape(self.modules[name])[1]).float()
             b = -mean @ a.T @ torch.linalg.inv(a @ a.T)
-            found[name] = (float((weight * mean).abs().mean()), a, b)
+            found[name] = (float((weight.detach() * mean).abs().mean()), a, b)
         self._ask(False)
         return found
 
     def lora_ga(self) -> None:
         """PEFT's LoRA-GA up to its gradients, the part that is a probe."""
         config = LoraConfig(
-            init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), target_modules=list(self.modules)
+            init_lora_weights="lora_ga",  # type: ignore[arg-type] lora_ga_config=LoraGAConfig(), target_modules=list(self.modules)
         )
         preprocess_loraga(self.objective.model, config, lambda: self.objective(self.batch).backward())
         for module in self.modules.values():
