@@ -70,9 +70,8 @@ class Probes:
 
     def lora_ga(self) -> None:
         """PEFT's LoRA-GA up to its gradients, the part that is a probe."""
-        config = LoraConfig(
-            init_lora_weights="lora_ga",  # type: ignore[arg-type] lora_ga_config=LoraGAConfig(), target_modules=list(self.modules)
-        )
+        words: dict[str, Any] = {"init_lora_weights": "lora_ga", "target_modules": list(self.modules)}
+        config = LoraConfig(lora_ga_config=LoraGAConfig(), **words)
         preprocess_loraga(self.objective.model, config, lambda: self.objective(self.batch).backward())
         for module in self.modules.values():
             del module._peft_loraga_grad
