@@ -118,7 +118,7 @@ def _probes(need: Any, _: Path, quick: bool) -> Iterator[Row | dict[str, Any]]:
 
 
 def _chains(need: Any, _: Path, quick: bool) -> Iterator[Row]:
-    yield from chains.chain_rows(need("sst2"), 6 if quick else 18)
+    yield from chains.chain_rows(need("sst2" if quick else "r8"), 6 if quick else 15)
 
 
 def _scoring(need: Any, _: Path, quick: bool) -> Iterator[Row]:

@@ -37,9 +37,9 @@ class Chain(Ours):
 
 
 def chain_rows(where: Setting, pairs: int) -> Iterator[Row]:
-    """The knot in steps, and both totals at the task's own number of steps from the measured parts.
+    """The knot in steps, and both totals at links of the default length, from the measured parts.
 
-    Steps of the chain and of the single LoRA are timed in turn, knots and probes between them; a run of hundreds of
+    Steps of the chain and of the single LoRA are timed in turn, knots and probes between them; two runs of all their
     steps would take the suite's whole time and say the same.
     """
     config = where.link(steps=pairs + 2)
@@ -54,20 +54,21 @@ def chain_rows(where: Setting, pairs: int) -> Iterator[Row]:
         assert chain.loss(first) < before, "the link learned nothing"
         knots.append(timed(lambda: chain.tie(where)))
     single.check([])
-    step, total = statistics.median(steps.peer), where.params.schedule.horizon
-    yield compared("knot", "knot in one process (merge, new adapters, new optimizer) / one training step",
-                   Pairs(knots, [step] * LINKS), 2.0)  # fmt: skip
-    note = f"{total} steps, as conf/task has them: median step {step:.2f} s, knot {statistics.median(knots):.2f} s"
-    extra = (LINKS - 1) * statistics.median(knots)
+    step, knot = statistics.median(steps.peer), statistics.median(knots)
+    total = LINKS * int(where.params.link["steps"])
+    what = "knot in one process (merge, new adapters, new optimizer) / one training step"
+    yield compared("knot", what, Pairs(knots, [step] * LINKS), 2.0)
+    yield compared("chain-step", "a step of the chain beside a step of the single LoRA", steps, None)
+    note = f"{total} steps, {LINKS} links of the default length: step {step:.2f} s, knot {knot:.2f} s"
+    extra = (LINKS - 1) * knot
     yield _total("chain-3", "chain of 3 beside one LoRA, equal steps, without probes", steps, total, extra, 1.02, note)
-    extra += LINKS * probed
-    note = f"{note}, probe of {len(where.probe)} rows {probed:.1f} s"
+    extra, note = extra + LINKS * probed, f"{note}, probe of {len(where.probe)} rows {probed:.1f} s"
     yield _total("chain-3-probes", "the same with a probe before every link", steps, total, extra, 1.10, note)
 
 
 def _total(name: str, what: str, steps: Pairs, total: int, extra: float, goal: float, note: str) -> Row:
-    """Both totals, step pair by step pair: total times each, and what the chain pays besides."""
-    found = Pairs([total * a + extra for a in steps.ours], [total * b for b in steps.peer])
+    """Both totals from the single LoRA's steps (the chain's are the same work: `chain-step`) and what a chain adds."""
+    found = Pairs([total * step + extra for step in steps.peer], [total * step for step in steps.peer])
     return compared(name, what, found, goal, note=note)
 
 
