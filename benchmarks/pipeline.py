@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from benchmarks.pairs import Pairs, alternate, timed
 from benchmarks.results import Row, alone
@@ -42,14 +44,9 @@ def rows(quick: bool) -> Iterator[Row]:
 def _torch(repeats: int) -> Row:
     """The yardstick: what no stage that loads a model can go below here."""
     command = (sys.executable, "-c", "import torch")
-    values = [timed(lambda: _start(command)) for _ in range(repeats + 1)][1:]
+    start = partial(subprocess.run, command, check=True)
+    values = [timed(start) for _ in range(repeats + 1)][1:]
     return alone("torch-import", "`python -c 'import torch'`", values, None, note="goals assume 1.8 s")
-
-
-def _start(command: Sequence[str]) -> None:
-    import subprocess
-
-    subprocess.run(command, check=True)
 
 
 def _stages(project: Trial, repeats: int) -> dict[str, list[float]]:
@@ -58,7 +55,7 @@ def _stages(project: Trial, repeats: int) -> dict[str, list[float]]:
     for _ in range(repeats):
         for stage in ORDER:
             name, *key = stage.split()
-            times[stage].append(timed(lambda words=("-m", f"tasks.{name}", *key): project.python(*words)))
+            times[stage].append(timed(partial(project.python, "-m", f"tasks.{name}", *key)))
     return times
 
 
