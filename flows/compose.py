@@ -104,11 +104,11 @@ def _composed(root: Path, chosen: Mapping[str, str], overrides: Sequence[str]) -
 
 
 def _laid_over(root: Path, overrides: Sequence[str]) -> str:
-    from dvc.utils.hydra import apply_overrides
-
     text = (root / "params.yaml").read_text(encoding="utf-8")
     if not overrides:
         return text
+    from dvc.utils.hydra import apply_overrides
+
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "params.yaml"
         made.write_text(text, encoding="utf-8")

@@ -23,6 +23,7 @@ from flows.graph import Stage, outline
 from flows.locks import pool_size, slot
 from flows.snapshot import checkout, snapshot, unpacked
 from flows.workspace import Workspace, opened, runs
+from tasks.store import unsynced
 
 __all__ = ["cola_pipeline"]
 
@@ -146,6 +147,8 @@ def _may_succeed_later(_: Any, __: Any, state: State) -> bool:
 
 def _sync(workspace: Workspace) -> None:
     """Post the stages' records to MLflow; a store that is away fails nothing, the records wait for `cola sync`."""
+    if not unsynced():
+        return
     log = get_run_logger()
     command = [sys.executable, "-m", "tasks.sync"]
     done = subprocess.run(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 RETRIES = 2  # only exit code 75 is tried again
 BASE, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare"
+LIVE_AFTER = 10.0  # seconds; the curve of a shorter link comes with its record
 CURVES = ("loss", "learning_rate", "validation")
 
 
@@ -109,7 +110,7 @@ def _reporter(context: Context) -> Iterator[Callable[[dict[str, Any]], None]]:
 
     The live logger is imported by name: it can only watch, so it is no dependency of the stage in dvc.yaml.
     """
-    live = importlib.import_module("tasks.live").Live(context)
+    live = importlib.import_module("tasks.live").Live(context, LIVE_AFTER)
     with live, progress(context.stage) as tick:
 
         def report(event: dict[str, Any]) -> None:

@@ -28,10 +28,12 @@ class Live:
     """The live run of one stage: `step` and `close`, or a with-block that closes by itself.
 
     The run bears the stage's record id, so `sync` completes this run instead of making a second one. MLflow is
-    imported in the thread, after the first step. Any trouble is one printed line; the curve is then posted by `sync`.
+    imported in the thread, at the first step after `after` seconds: it takes seconds of a core, and a stage that has
+    ended by then has nobody watching; its curve is posted by `sync`, as after any trouble, which is one printed line.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, after: float = 0.0) -> None:
+        self._begin = time.monotonic() + after
         self._run = {"id": context.record_id, "stage": context.stage, "experiment": context.raw["register"]["name"]}
         self._points: SimpleQueue[Point | None] = SimpleQueue()
         self._status = "FINISHED"
@@ -48,7 +50,7 @@ class Live:
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Hand over the numbers of one step; returns at once."""
         self._points.put((step, int(time.time() * 1000), dict(values)))
-        if self._thread is None:
+        if self._thread is None and time.monotonic() >= self._begin:
             self._marker = self._mark()
             self._thread = Thread(target=self._work, name="mlflow-live", daemon=True)
             self._thread.start()

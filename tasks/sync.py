@@ -16,7 +16,7 @@ import yaml
 from cola_core.errors import RetryError, UserError
 from tasks.places import home
 from tasks.publish import restore
-from tasks.store import Store, locked, mask, open_store
+from tasks.store import Store, locked, mask, note_synced, open_store, state
 
 __all__ = ["sync"]
 
@@ -42,10 +42,13 @@ def sync() -> int:
     if not records:
         return 0
     with locked("sync"), open_store() as store:
+        found = state()  # before the records are read again: what comes later is for the next call
+        records = _records()
         runs = _runs(store, {record["experiment"] for record in records})
         posted = _post_all(store, records, runs)
         _close_orphans(store, {record["id"] for record in records})
         restore(store)
+        note_synced(found)
     return posted
 
 

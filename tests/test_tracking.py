@@ -310,6 +310,16 @@ def test_a_stage_without_steps_never_imports_mlflow(checkout: Path) -> None:
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True)
 
 
+def test_a_short_stage_never_imports_mlflow_and_a_longer_one_loses_no_point(checkout: Path) -> None:
+    with live_log.Live(Context(stage="link@1", key="1", raw=RAW), after=1000.0) as live:
+        live.step(1, {"loss": 2.0})
+        assert live._thread is None and not (home() / "live").exists()
+        live._begin = 0.0
+        live.step(2, {"loss": 1.0})
+    (run,) = runs().values()
+    assert history(run.info.run_id, "loss") == [(1, 2.0), (2, 1.0)]
+
+
 def test_the_marker_tells_sync_what_to_look_for(checkout: Path) -> None:
     live = live_log.Live(Context(stage="link@1", key="1", raw=RAW, record_id="r1"))
     live.step(1, {"loss": 1.0})
