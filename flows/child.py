@@ -18,7 +18,7 @@ from flows.worker import END
 from flows.workspace import Workspace
 from tasks.stage import QUIET
 
-__all__ = ["Dvc", "environment", "quiet", "repro"]
+__all__ = ["Dvc", "environment", "quiet"]
 
 SILENT = {**QUIET, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PYTHONUNBUFFERED": "1"}
 SHELL = ": failed to run: "  # DVC's word for a command that failed: the stage's own line says more
@@ -101,12 +101,6 @@ class Dvc:
         self._process.stdin.flush()
         for line in self._process.stdout:
             yield line.rstrip()
-
-
-def repro(workspace: Workspace, stage: str, tell: Callable[[str], None]) -> bool:
-    """`Dvc.repro` of one stage alone."""
-    with Dvc(workspace) as dvc:
-        return dvc.repro(stage, tell)
 
 
 def _raise(note: Path, stage: str, last: str) -> None:

@@ -11,7 +11,7 @@ import yaml
 from miniature import REPOSITORY, git, make, ran, variables
 
 from cola_core.errors import RetryError, UserError
-from flows.child import repro
+from flows.child import Dvc
 from flows.graph import outline, plan, stages
 from flows.imports import code_deps, stage_deps
 from flows.snapshot import snapshot
@@ -93,10 +93,10 @@ def test_a_broken_dvc_yaml_is_one_line(project: Path) -> None:
 def test_the_plan_says_what_dvc_does(project: Path) -> None:
     """run everything; keep everything; after a change only what follows it; back again: from the run cache."""
     workspace = opened(project, snapshot(project), (project / "params.yaml").read_text(), "a/b/seed0")
-    with workspace as w:
+    with workspace as w, Dvc(w) as dvc:
         assert set(plan(w.path).values()) == {"run"}
         names = [stage.name for stage in stages(w.path)]
-        assert [repro(w, name, lambda line: None) for name in names] == [True] * len(names)
+        assert [dvc.repro(name, lambda line: None) for name in names] == [True] * len(names)
         assert set(plan(w.path).values()) == {"keep"}
         assert outline(w.path) == (stages(w.path), frozenset())
         before = ran(project)
@@ -105,13 +105,13 @@ def test_the_plan_says_what_dvc_does(project: Path) -> None:
             "fetch": "keep", "allocate@1": "keep", "allocate@2": "run", "evaluate": "run", "register": "run",
         }  # fmt: skip
         assert outline(w.path)[1] == {"allocate@2", "evaluate", "register"}
-        repro(w, "allocate@2", lambda line: None)
+        dvc.repro("allocate@2", lambda line: None)
         assert ran(project) == [*before, "allocate@2"]
         _steps_of_link_2(w.path, 40)
         assert plan(w.path)["allocate@2"] == "restore"
         shutil.rmtree(w.path / "artifacts" / "fetch")
         assert plan(w.path)["fetch"] == "restore"
-        assert not repro(w, "fetch", lambda line: None)
+        assert not dvc.repro("fetch", lambda line: None)
 
 
 def test_a_busy_project_may_be_tried_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
