@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cola_core.arithmetic.flops import forward, full_step, knot, lora_step, probe
-from cola_core.arithmetic.memory import ADAM, activations, knot_bytes, logits_bytes, probe_bytes
+from cola_core.arithmetic.flops import forward, full_step, knot, lora_step, probe, sampled_probe
+from cola_core.arithmetic.memory import ADAM, activations, knot_bytes, logits_bytes, probe_bytes, sampled_bytes
 from cola_core.arithmetic.shape import Shape, Work
 from cola_core.targets import select_targets
 
@@ -20,7 +20,7 @@ __all__ = ["PAGE", "SETTINGS", "placed", "tables"]
 PAGE = Path(__file__).parent.parent / "docs/performance.md"
 BEGIN, END = "<!-- paper:begin -->", "<!-- paper:end -->"
 LENGTH, SUPERVISED = 2048, 256  # tokens of a row, and those whose logits are computed
-BATCH, STEPS, VALIDATION, PROBE, SKETCH = 64, 500, 256, 64, 64
+BATCH, STEPS, VALIDATION, PROBE, SKETCH, SHARE = 64, 500, 256, 64, 64, 0.125
 GPU, RESERVED = 80, 8  # GB (1e9 bytes) of one GPU; kept for context, workspaces and fragments
 LINKS = ((40, 8), (250, 16), (500, 64), (2000, 64))  # steps x rows
 USED = 0.4
@@ -56,12 +56,10 @@ class Setting:
         """p."""
         return sum(r * sum(self.shape.modules[name]) for name, r in self.ranks(rank).items())
 
-    def kept(self, rows: int, rank: int, checkpointing: bool) -> float:
-        """Bytes of a micro-batch: activations and logits."""
+    def kept(self, rows: int, checkpointing: bool) -> float:
+        """Bytes of a micro-batch with r = 8: activations and logits."""
         work = rows_of(rows)
-        trained = () if rank else self.shape.modules
-        made = activations(self.shape, work, self.ranks(rank) if rank else {}, BF16, trained, checkpointing)
-        return made + logits_bytes(self.shape, work)
+        return activations(self.shape, work, self.ranks(8), BF16, (), checkpointing) + logits_bytes(self.shape, work)
 
 
 def llama(layers: int, hidden: int, expanded: int, heads: int, kv_heads: int, vocabulary: int) -> Shape:
@@ -110,9 +108,9 @@ def _held() -> Iterator[tuple[str, Callable[[Setting], float]]]:
     for rows in (1, 4, 8):
         for checkpointing, words in ((False, "activations and logits"), (True, "the same with checkpointing")):
             yield f"{words}, {rows} x {LENGTH}", partial(_kept, rows, checkpointing)
-    yield f"probe, {PROBE} rows in one batch, with checkpointing", lambda s: s.kept(PROBE // s.gpus, 0, True)
-    yield "probe: the largest module's turn", lambda s: probe_bytes(s.shape, s.shape.modules, BF16, False)
-    yield "probe, accumulate: all gradients in fp32", lambda s: 4 * s.shape.linear / s.gpus
+    yield f"probe, {PROBE} rows in one batch, with checkpointing", lambda s: _probing(PROBE // s.gpus, False, s)
+    yield "probe, accumulate, a row at a time, with checkpointing", partial(_probing, 1, True)
+    yield "probe, sampled, an eighth of every gradient's rows, a row at a time, with checkpointing", _sampled
     yield "in host memory, where links are merged: the fp32 master", lambda s: knot_bytes(s.shape, s.weights)
 
 
@@ -121,7 +119,22 @@ def _adam(rank: int, setting: Setting) -> float:
 
 
 def _kept(rows: int, checkpointing: bool, setting: Setting) -> float:
-    return setting.kept(rows, 8, checkpointing)
+    return setting.kept(rows, checkpointing)
+
+
+def _probing(rows: int, accumulate: bool, setting: Setting) -> float:
+    held = probe_bytes(setting.shape, rows_of(rows), setting.shape.modules, BF16, True, accumulate)
+    return held - accumulate * _elsewhere(setting)
+
+
+def _sampled(setting: Setting) -> float:
+    held = sampled_bytes(setting.shape, rows_of(1), setting.shape.modules, BF16, True, SKETCH, SHARE)
+    return held - SHARE * _elsewhere(setting)
+
+
+def _elsewhere(setting: Setting) -> float:
+    """Sums of gradients that other GPUs hold."""
+    return 4 * setting.shape.linear * (1 - 1 / setting.gpus)
 
 
 def _capacity() -> Iterator[list[str]]:
@@ -136,7 +149,7 @@ def _capacity() -> Iterator[list[str]]:
 def _most(setting: Setting, checkpointing: bool) -> int:
     """Rows that fit beside weights, adapters and Adam."""
     free = (GPU - RESERVED) * 1e9 - setting.resident - ADAM * setting.trained(8)
-    two, one = (setting.kept(n, 8, checkpointing) for n in (2, 1))
+    two, one = (setting.kept(n, checkpointing) for n in (2, 1))
     return int((free - one) / (two - one)) + 1 if free >= one else 0
 
 
@@ -155,6 +168,7 @@ def _work() -> Iterator[tuple[str, Callable[[Setting], float]]]:
     yield "full fine-tuning step", lambda s: full_step(s.shape, step)
     yield f"validation, {VALIDATION} rows", lambda s: forward(s.shape, held, s.ranks(8))
     yield f"probe, {PROBE} rows, sketch {SKETCH}", _probe
+    yield "the same, sampled, an eighth of every gradient's rows", _probe_sampled
     yield "a knot, r = 8", lambda s: knot(s.shape, s.ranks(8))
     yield f"**a link: {STEPS} steps, 5 validations, probe, knot**", lambda s: _link(s) + _probe(s)
 
@@ -178,6 +192,10 @@ def _added(setting: Setting, rows: int, steps: int, batch: int) -> str:
 
 def _probe(setting: Setting) -> float:
     return probe(setting.shape, rows_of(PROBE), setting.shape.modules, SKETCH)
+
+
+def _probe_sampled(setting: Setting) -> float:
+    return sampled_probe(setting.shape, rows_of(PROBE), setting.shape.modules, SKETCH, SHARE)
 
 
 def _link(setting: Setting) -> float:

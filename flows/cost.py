@@ -1,56 +1,29 @@
 """What a stage costs by arithmetic alone, from the base's shapes and the prepared rows: no model is loaded.
 
 The formulas are `cola_core.arithmetic`'s, derived and checked in docs/performance.md. Rows count at their mean length,
-without padding; memory at the longest. Ranks are the reference rank, which an allocator spends in its own way.
+which leaves out the padding of families and devices where rows are not packed; memory at the longest. Ranks are the
+reference rank, which an allocator spends in its own way.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-from cola_core.arithmetic.flops import forward, knot, lora_step, probe
-from cola_core.arithmetic.memory import ADAM, activations, knot_bytes, logits_bytes, probe_bytes
-from cola_core.arithmetic.shape import Shape, Work
+from cola_core.arithmetic.flops import forward, knot, lora_step, probe, sampled_probe
+from cola_core.arithmetic.memory import ADAM, activations, knot_bytes, logits_bytes, probe_bytes, sampled_bytes
+from cola_core.arithmetic.shape import Work
 from cola_core.config.params import Params
 from cola_core.config.recipe import AllocateConfig, LinkConfig, ProfileConfig
-from cola_core.files import read_json
 from cola_core.targets import select_targets
+from flows.sizes import Sizes
 
-__all__ = ["Cost", "Sizes", "cost", "reference_ranks", "sizes"]
+__all__ = ["PACKED", "Cost", "cost", "reference_ranks"]
 
+PACKED = {"llama", "opt", "gpt2", "bert"}  # as `cola_core.packing` has them, which asks for torch
 WIDTH = {"fp32": 4, "bf16": 2, "fp64": 8}  # bytes of a weight in use
 MASTER = {"fp32": 4, "bf16": 4, "fp64": 8}  # and while links are merged into it
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows of a prepared split, tokens of their prompts and of their answers, and the longest row's of both."""
-
-    rows: int
-    prompt: int
-    answer: int
-    longest: int
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the fetched base and the prepared rows tell.
-
-    weights: all of the base's parameters; splits: empty before `prepare`; candidates: tokens of each candidate;
-    generated: tokens of a generated answer at most, 0 where none is.
-    """
-
-    shape: Shape
-    kind: str
-    weights: int
-    splits: dict[str, Split]
-    candidates: list[int]
-    generated: int
 
 
 @dataclass(frozen=True)
@@ -60,22 +33,6 @@ class Cost:
     trainable: int
     flops: float | None
     memory: float
-
-
-def sizes(root: Path) -> Sizes | None:
-    """Read the sizes below `root`; None before `fetch`."""
-    model, prepared = root / "artifacts/fetch/model", root / "artifacts/prepare"
-    if not (model / "cola.json").is_file():
-        return None
-    base = read_json(model / "cola.json")
-    config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
-    modules = {name: (shape[0], shape[1]) for name, shape in base["modules"].items()}
-    files = {name: prepared / f"{name}.arrow" for name in ("train", "validation", "test", "probe")}
-    splits = {name: _split(path) for name, path in files.items() if path.is_file()}
-    task = read_json(prepared / "task.json") if splits else {}
-    generated = task["max_new_tokens"] if task.get("kind") == "generate" else 0
-    shape = Shape.of(modules, base["kind"], config)
-    return Sizes(shape, base["kind"], _weights(model), splits, list(map(len, task.get("candidates", []))), generated)
 
 
 def cost(task: str, key: str | None, params: Params, size: Sizes) -> Cost | None:
@@ -95,17 +52,27 @@ def _profile(key: str, params: Params, size: Sizes) -> Cost:
     config = ProfileConfig(**{**params.profile, **params.chain[key].profile})
     if config.probe == "none":
         return Cost(0, 0, 0)
-    targets, accumulate = select_targets(size.shape.modules, params.targets), config.probe == "accumulate"
-    width, checkpointing = WIDTH[params.machine.dtype], config.activation_checkpointing
-    held = probe_bytes(size.shape, targets, width, accumulate)
     if "probe" not in size.splits:
-        return Cost(0, None, _memory(params, size, held))
-    rows = min(config.micro_batch, size.splits["probe"].rows) if accumulate else size.splits["probe"].rows
-    batch = _work(params, size, "probe", rows, longest=True)
-    kept = activations(size.shape, batch, {}, width, targets, checkpointing) + logits_bytes(size.shape, batch)
+        return Cost(0, None, _memory(params, size, _probing(config, params, size, Work(0, 0, 0))))
+    rows = size.splits["probe"].rows
+    at_once = rows if config.probe == "one_batch" else min(config.micro_batch, rows)
+    held = _probing(config, params, size, _work(params, size, "probe", at_once, longest=True))
     earlier = sum(max(reference_ranks(k, params, size).values()) for k in params.chain if int(k) < int(key))
-    work = _work(params, size, "probe", size.splits["probe"].rows)
-    return Cost(0, probe(size.shape, work, targets, config.sketch, earlier), _memory(params, size, held + kept))
+    targets, work = select_targets(size.shape.modules, params.targets), _work(params, size, "probe", rows)
+    if config.probe == "sampled":
+        flops = sampled_probe(size.shape, work, targets, config.sketch, config.row_share, earlier)
+    else:
+        flops = probe(size.shape, work, targets, config.sketch, earlier)
+    return Cost(0, flops, _memory(params, size, held))
+
+
+def _probing(config: ProfileConfig, params: Params, size: Sizes, batch: Work) -> float:
+    """Bytes beside weights, where `batch` is computed at once."""
+    targets, width = select_targets(size.shape.modules, params.targets), WIDTH[params.machine.dtype]
+    checkpointing = config.activation_checkpointing
+    if config.probe == "sampled":
+        return sampled_bytes(size.shape, batch, targets, width, checkpointing, config.sketch, config.row_share)
+    return probe_bytes(size.shape, batch, targets, width, checkpointing, config.probe == "accumulate")
 
 
 def _link(key: str, params: Params, size: Sizes) -> Cost:
@@ -116,7 +83,8 @@ def _link(key: str, params: Params, size: Sizes) -> Cost:
     if "train" not in size.splits:
         return Cost(trainable, None, _memory(params, size, ADAM * trainable))
     checkpointing = config.activation_checkpointing
-    batch = _work(params, size, "train", min(config.batch, config.micro_batch), longest=True)
+    rows = _limit(min(config.batch, config.micro_batch), config.micro_tokens, size.splits["train"].longest)
+    batch = _work(params, size, "train", rows, longest=True)
     kept = activations(shape, batch, ranks, WIDTH[params.machine.dtype], checkpointing=checkpointing)
     steps = config.steps * lora_step(shape, _work(params, size, "train", config.batch), ranks, checkpointing)
     checked = forward(shape, _work(params, size, "validation", size.splits["validation"].rows), ranks)
@@ -160,7 +128,8 @@ def _scoring(params: Params, size: Sizes, models: int) -> Cost:
     passes = forward(size.shape, Work.of(size.kind, rows, prompt, candidates))
     if size.generated:
         passes += forward(size.shape, Work.of(size.kind, rows, prompt, [size.generated]))
-    batch = Work.of(size.kind, min(rows, params.evaluate.batch), prompt, candidates)
+    together = _limit(min(rows, params.evaluate.batch), params.evaluate.batch_tokens, prompt + max(candidates))
+    batch = Work.of(size.kind, together, prompt, candidates)
     return Cost(0, models * passes, _memory(params, size, logits_bytes(size.shape, batch)))
 
 
@@ -170,7 +139,13 @@ def _work(params: Params, size: Sizes, split: str, rows: int, longest: bool = Fa
     compared = params.prepare.loss == "candidates" and size.candidates
     answer = found.answer / found.rows
     prompt = found.longest - answer if longest else found.prompt / found.rows
-    return Work.of(size.kind, rows, prompt, size.candidates if compared else [answer])
+    work = Work.of(size.kind, rows, prompt, size.candidates if compared else [answer])
+    return replace(work, packed=size.family in PACKED and params.machine.device == "cpu")
+
+
+def _limit(rows: int, tokens: int | None, length: float) -> int:
+    """So many rows as `tokens` allow, at least one."""
+    return rows if tokens is None else max(1, min(rows, int(tokens / length)))
 
 
 def _memory(params: Params, size: Sizes, more: float) -> float:
@@ -178,26 +153,3 @@ def _memory(params: Params, size: Sizes, more: float) -> float:
     dtype = params.machine.dtype
     loading = size.weights * MASTER[dtype] if params.machine.device == "cpu" else 0
     return max(size.weights * WIDTH[dtype] + more, loading)
-
-
-def _weights(model: Path) -> int:
-    """Parameters in a model's safetensors files, from their headers; a large model comes in several."""
-    return sum(map(_parameters, model.glob("*.safetensors")))
-
-
-def _parameters(path: Path) -> int:
-    with path.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
-def _split(path: Path) -> Split:
-    """Lengths alone are read of a prepared split."""
-    import pyarrow
-    import pyarrow.compute as pc
-
-    with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
-        table = reader.read_all()
-    prompt, answer = (pc.list_value_length(table[name]) for name in ("prompt", "answer"))
-    longest = pc.max(pc.add(prompt, answer))
-    return Split(table.num_rows, *(value.as_py() or 0 for value in (pc.sum(prompt), pc.sum(answer), longest)))

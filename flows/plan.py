@@ -11,8 +11,9 @@ from cola_core.arithmetic.flops import lora_step
 from cola_core.config.base import read_yaml
 from cola_core.config.params import Params, check_params
 from flows.child import quiet
-from flows.cost import Cost, Sizes, cost, reference_ranks, sizes
+from flows.cost import Cost, cost, reference_ranks
 from flows.graph import Fate, plan, stages
+from flows.sizes import Sizes, sizes
 from flows.timing import Timing, alternatives, measure
 
 __all__ = ["Line", "Plan", "make_plan"]
@@ -86,7 +87,7 @@ def _unknown(size: Sizes | None, busy: float, timed: bool) -> Iterator[str]:
     if timed and (size is None or "train" not in size.splits):
         yield "FLOPs of whole stages, times and the best machine setting: known after `dvc repro prepare`"
     if size is not None:
-        yield "memory is an estimate: weights, what trains, one micro-batch's activations and logits; not the libraries"
+        yield "memory is an estimate: weights, what trains or a probe keeps, the longest micro-batch; not the libraries"
         if "train" not in size.splits:
             yield "activations and logits: known after `dvc repro prepare`"
         if not size.shape.complete:

@@ -53,6 +53,8 @@ def alternatives(machine: MachineConfig) -> list[MachineConfig]:
 def measure(root: Path, params: Params, machines: list[MachineConfig]) -> Iterator[Timing]:
     """Forward and backward of one micro-batch of the training split, with adapters at the reference rank.
 
+    Of the micro-batches that one step would be cut into, the one of most rows.
+
     Raises:
         UserError: the base or the prepared rows are missing or broken.
     """
@@ -63,21 +65,25 @@ def measure(root: Path, params: Params, machines: list[MachineConfig]) -> Iterat
 
     config = LinkConfig(**{**params.link, **params.chain["1"].link})
     task = Task.read(root / "artifacts/prepare/task.json")
-    rows = read_rows(root / "artifacts/prepare/train.arrow")[: config.micro_batch]
+    rows = read_rows(root / "artifacts/prepare/train.arrow")[: config.batch]
     kind = read_json(root / "artifacts/fetch/model/cola.json")["kind"]
     for machine in machines:
         torch.set_num_threads(machine.threads)
         objective = Objective(_adapted(root, params, machine, len(task.labels)), kind, task)
-        batch = objective.training_batch(rows)
+        largest = max(objective.groups(rows, config.micro_batch, config.micro_tokens), key=len)
+        batch = objective.training_batch([rows[i] for i in largest])
         times = [_step(objective, batch) for _ in range(REPEATS + 1)][1:]
         yield Timing(machine, min(times), work_of(batch))
 
 
 def work_of(batch: Batch) -> Work:
-    """What one batch computes, padding included."""
+    """What one batch computes: packed rows as they are, others with their padding."""
+    outputs = len(batch.rows) or len(batch.labels)
+    if "row_lengths" in batch.inputs:
+        return Work.end_to_end(batch.inputs["row_lengths"].tolist(), outputs)
     (rows, length), second = batch.inputs["input_ids"].shape, batch.inputs.get("decoder_input_ids")
     decoder_rows, decoder_length = (0, 0) if second is None else second.shape
-    return Work(rows, length, len(batch.rows) or len(batch.labels), decoder_rows, decoder_length)
+    return Work(rows, length, outputs, decoder_rows, decoder_length)
 
 
 def _step(objective: object, batch: object) -> float:

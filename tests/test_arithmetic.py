@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,15 +14,19 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import peak_bytes
+from cola_core import gap
 from cola_core.adapters import Pair, add_pair, attach
-from cola_core.arithmetic.flops import forward, full_step, knot, lora_step, probe
-from cola_core.arithmetic.memory import activations, logits_bytes
+from cola_core.arithmetic.flops import BLOCK, ROUNDS, forward, full_step, knot, lora_step, probe, sampled_probe
+from cola_core.arithmetic.memory import activations, logits_bytes, probe_bytes, sampled_bytes
 from cola_core.arithmetic.shape import Shape, Work, walk
 from cola_core.config.recipe import MachineConfig
 from cola_core.files import read_json
 from cola_core.models import adaptable, load_base, place, weight_shape
 from cola_core.probe import probe as run_probe
+from cola_core.reduction import Reducer
 from cola_core.rows import Row
+from cola_core.sampled import SampledGradient, both_ends
 from cola_core.scoring import Objective
 from cola_core.targets import select_targets
 from flows.timing import work_of
@@ -35,9 +40,10 @@ ROWS = 5
 class Case:
     """A tiny model of a family with adapters of different ranks on some of its modules, and a batch of rows."""
 
-    def __init__(self, family: str, targets: str, machine: MachineConfig = FP32, loss: str = "answer") -> None:
+    def __init__(self, family: str, targets: str, machine: MachineConfig = FP32, packed: bool = True) -> None:
         self.model = place(load_base(base_of(family), machine, 3), machine)
-        self.objective = Objective(self.model, KINDS[family], task_of(family, loss))
+        self.objective = Objective(self.model, KINDS[family], task_of(family))
+        self.objective.packed &= packed
         self.modules = adaptable(self.model)
         shapes = {name: weight_shape(module) for name, module in self.modules.items()}
         self.names = list(shapes)[-3:] if targets == "last" else select_targets(shapes, targets)
@@ -61,6 +67,18 @@ class Case:
         self.objective(self.batch).backward()
 
 
+def close(expected: float) -> Any:
+    """Packed rows count as a broken number of rows of a broken length."""
+    return pytest.approx(expected, rel=1e-9)
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spectral norm takes as many rounds as the formula counts, whatever the gradient."""
+    monkeypatch.setattr(gap, "ROUNDS", ROUNDS)
+    monkeypatch.setattr(gap, "PRECISION", dict.fromkeys(gap.PRECISION, -1.0))
+
+
 def counted(work: Callable[[], object]) -> int:
     """FLOPs of `work`; attention in its plain form, since the counter knows no kernel of the CPU's own."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -71,29 +89,48 @@ def counted(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_and_lora_step_are_exact(family: str, targets: str) -> None:
-    case = Case(family, targets).adapt()
+    check_step(Case(family, targets).adapt())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bert"])
+def test_padded_rows_count_with_their_padding(family: str) -> None:
+    case = Case(family, "all", packed=False)
+    assert case.work.tokens == ROWS * case.work.length > Case(family, "all").work.tokens
+    check_step(case.adapt())
+
+
+def check_step(case: Case) -> None:
     with torch.no_grad():
-        assert counted(lambda: case.objective(case.batch)) == forward(case.shape, case.work, case.ranks) + case.unseen
+        found = counted(lambda: case.objective(case.batch))
+    assert found == close(forward(case.shape, case.work, case.ranks) + case.unseen)
     # the frozen classifier passes a gradient on; the one that trains takes its own too
-    assert counted(case.step) == lora_step(case.shape, case.work, case.ranks) + 2 * case.unseen
+    assert counted(case.step) == close(lora_step(case.shape, case.work, case.ranks) + 2 * case.unseen)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_step_is_exact(family: str) -> None:
     case = Case(family, "all")
     case.objective.requires_grad_(True)
-    assert counted(case.step) == full_step(case.shape, case.work) + 3 * case.unseen
+    assert counted(case.step) == close(full_step(case.shape, case.work) + 3 * case.unseen)
 
 
 @pytest.mark.parametrize("earlier", [0, 3])
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_probe_is_exact(family: str, targets: str, earlier: int) -> None:
+def test_probes_are_exact(family: str, targets: str, earlier: int, settled: None) -> None:
     case = Case(family, targets)
     before = {name: [case.pair(name, earlier)] if earlier else [] for name in case.names}
     modules = {name: case.modules[name] for name in case.names}
+    asked = (case.shape, case.work, case.names, PROFILE.sketch)
     found = counted(lambda: run_probe(case.objective, case.rows, modules, before, PROFILE, (0, 1)))
-    assert found == probe(case.shape, case.work, case.names, PROFILE.sketch, earlier) + 2 * case.unseen
+    assert found == close(probe(*asked, earlier) + 2 * case.unseen)
+    config = PROFILE.model_copy(update={"probe": "sampled", "micro_batch": ROWS})
+    found = counted(lambda: run_probe(case.objective, case.rows, modules, before, config, (0, 1)))
+    assert found == close(sampled_probe(*asked, PROFILE.row_share, earlier) + 2 * case.unseen)
+
+
+def test_the_gap_is_found_with_as_many_columns() -> None:
+    assert gap.BLOCK == BLOCK
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,7 +147,7 @@ def test_checkpointing_is_an_upper_bound_less_than_a_product_of_each_block_away(
     case.objective.train()
     bound = lora_step(case.shape, case.work, case.ranks, checkpointing=True) + 2 * case.unseen
     last = [group.maps[0] for group in walk(case.shape, case.work, case.ranks) if group.role == "contract"]
-    assert 0 <= bound - counted(case.step) <= sum(2 * m.tokens * m.rank * m.out for m in last)
+    assert -0.5 < bound - counted(case.step) < sum(2 * m.tokens * m.rank * m.out for m in last) + 0.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,22 +156,71 @@ def test_evaluation_reads_a_shared_prompt_once(family: str) -> None:
     case = Case(family, "all")
     rows = [Row(f"test:{i}", list(range(40, 49)), [], 0, "a") for i in range(4)]
     batch = case.objective.scoring_batch(rows)
-    assert work_of(batch) == Work.of(KINDS[family], 4, 9, [len(c) for c in CANDIDATES])
+    said = Work.of(KINDS[family], 4, 9, [len(c) for c in CANDIDATES])
+    assert work_of(batch) == replace(said, packed=case.objective.packed)
     with torch.no_grad():
         found = counted(lambda: case.objective.scores(batch))
-    assert found == forward(case.shape, work_of(batch)) + 4 * case.unseen // ROWS
+    assert found == forward(case.shape, said) + 4 * case.unseen // ROWS
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("targets", ["all", "query_value"])
-def test_kept_bytes_are_llamas(targets: str, dtype: Any) -> None:
-    case = Case("llama", targets, MachineConfig(device="cpu", threads=1, dtype=dtype)).adapt()
+def test_kept_bytes_are_llamas(targets: str, dtype: Any, packed: bool) -> None:
+    case = Case("llama", targets, MachineConfig(device="cpu", threads=1, dtype=dtype), packed).adapt()
     with saved(case.model) as storages:
         case.objective(case.batch)
     width = 2 if dtype == "bf16" else 4
     expected = activations(case.shape, case.work, case.ranks, width) + logits_bytes(case.shape, case.work) / 4
-    rotary, index = 2 * case.work.length * 8 * width, 36 * case.work.outputs  # cos, sin; indices and log-sum-exp
-    assert sum(storages.values()) == expected + rotary + index
+    assert sum(storages.values()) == close(expected + beside(case, width))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("targets", ["all", "query_value"])
+def test_a_sampled_probe_keeps_the_inputs_that_weight_gradients_would(targets: str, packed: bool) -> None:
+    case = Case("llama", targets, packed=packed)
+    with saved(case.model) as storages, both_ends({n: case.modules[n] for n in case.names}, lambda *_: None):
+        for name in case.names:
+            case.modules[name].register_forward_pre_hook(lambda _, args: storages.update(storage(args[0])))
+        case.objective.requires_grad_(False)
+        case.objective(case.batch)
+    kept = activations(case.shape, case.work, {}, 4, case.names) + logits_bytes(case.shape, case.work) / 4
+    assert sum(storages.values()) == close(kept + beside(case, 4))
+
+
+def test_a_sampled_gradient_holds_its_rows_and_sketches() -> None:
+    module = torch.nn.Linear(48, 64, bias=False)
+    config = PROFILE.model_copy(update={"probe": "sampled"})
+    held = SampledGradient(Reducer({"m": module}, {}, config, (0, 1)), "m")
+    held.add(torch.ones(5, 48), torch.ones(5, 64))
+    tensors = [value for value in (held.part, held.sketch, held.a_max) if isinstance(value, torch.Tensor)]
+    shape, nothing = Shape({"m": (64, 48)}), Work(0, 0, 0)
+    said = sampled_bytes(shape, nothing, ["m"], 4, False, PROFILE.sketch, PROFILE.row_share)
+    assert sum(tensor.nbytes for tensor in tensors) == said - 4 * 48 * (64 + 16)  # less what the end takes
+
+
+def beside(case: Case, width: int) -> float:
+    """What the formulas leave out: cos and sin, of every position or packed token; indices and log-sum-exp."""
+    positions = case.work.tokens if case.work.packed else case.work.length
+    return 2 * positions * 8 * width + 36 * case.work.outputs
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("way", ["one_batch", "accumulate", "sampled"])
+def test_a_probes_peak_is_the_formulas(way: Any, dtype: Any) -> None:
+    """But for the sketches, which stay on a CPU."""
+    case = Case("llama", "all", MachineConfig(device="cpu", threads=1, dtype=dtype))
+    config = PROFILE.model_copy(update={"probe": way, "micro_batch": 1})
+    probed = (case.objective, case.rows, {name: case.modules[name] for name in case.names}, {}, config, (0, 1))
+    run_probe(*probed)
+    found = peak_bytes(lambda: run_probe(*probed))
+    batch = case.rows if way == "one_batch" else [max(case.rows, key=lambda row: len(row.prompt) + len(row.answer))]
+    work = work_of(case.objective.training_batch(batch))
+    asked = (case.shape, work, case.names, 2 if dtype == "bf16" else 4, False)
+    sampled = way == "sampled"
+    said = sampled_bytes(*asked, 8, 0.25) if sampled else probe_bytes(*asked, way == "accumulate")
+    sketches = 4 * sum(out * min(8, out, inner) for out, inner in case.shape.modules.values())
+    assert -0.5 < found - said < sketches
 
 
 def test_checkpointing_keeps_one_input_a_block() -> None:
@@ -146,7 +232,7 @@ def test_checkpointing_keeps_one_input_a_block() -> None:
     logits = logits_bytes(case.shape, case.work) / 4
     inputs = 2 * case.work.tokens * 32 * 4
     norm = case.work.tokens * 33 * 4
-    assert inputs + norm + logits <= sum(storages.values()) <= inputs + norm + logits + 5000  # masks, positions
+    assert -0.5 < sum(storages.values()) - (inputs + norm + logits) < 5000  # masks, positions
     one = activations(case.shape, case.work, case.ranks, 4) - norm
     assert activations(case.shape, case.work, case.ranks, 4, checkpointing=True) > inputs + norm + one / 2
 
@@ -159,14 +245,18 @@ def saved(model: Any) -> Iterator[dict[int, int]]:
     kept = []  # a freed storage would lend its address to the next
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if not own & set(storage(tensor)):
+            storages.update(storage(tensor))
             kept.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield storages
+
+
+def storage(tensor: torch.Tensor) -> dict[int, int]:
+    """Address -> bytes."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}
 
 
 def decoder(layers: int, width: int, vocabulary: int = 0) -> Shape:

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.paper import PAGE, SETTINGS, placed
-from cola_core.arithmetic.flops import forward
+from cola_core import gap, packing
+from cola_core.arithmetic.flops import ROUNDS, forward
 from cola_core.arithmetic.shape import Work
 from cola_core.config.base import read_yaml
 from cola_core.config.params import Params, check_params
@@ -21,7 +22,8 @@ from cola_core.files import write_json
 from cola_core.links import KNOT_ROWS, open_chain, run_link
 from cola_core.probe import probe
 from cola_core.rows import Row
-from flows.cost import Sizes, cost, reference_ranks, sizes
+from flows.cost import PACKED, cost, reference_ranks
+from flows.sizes import Sizes, sizes
 from tests.lab import CANDIDATES, FP32, LINK, PROFILE, base_of, job_of, root_of, task_of
 
 REPOSITORY = Path(__file__).parent.parent
@@ -83,17 +85,21 @@ def test_a_link_is_its_steps_validations_and_knot(root: Path, tmp_path: Path) ->
     assert said.trainable == sum(rank * sum(size.shape.modules[name]) for name, rank in ranks.items())
 
 
-def test_a_probe_and_an_evaluation(root: Path, tmp_path: Path) -> None:
+def test_a_probe_and_an_evaluation(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gap, "ROUNDS", ROUNDS)
+    monkeypatch.setattr(gap, "PRECISION", dict.fromkeys(gap.PRECISION, -1.0))
     params, size = setting(), known(root)
     objective = open_chain(base_of("llama"), root_of("llama", tmp_path), task_of("llama"), FP32)
     evaluated = cost("evaluate_base", None, params, size)
     assert evaluated is not None
     assert counted(lambda: answer(objective, rows("test"), 4, lambda ids: "")) == evaluated.flops
-    profiled = cost("profile", "1", params, size)
     modules = {name: objective.model.get_submodule(name) for name in size.shape.modules}
-    config = PROFILE.model_copy(update={"sketch": 32})
-    assert profiled is not None
-    assert counted(lambda: probe(objective, rows("probe"), modules, {}, config, (0, 1))) == profiled.flops
+    for way in ("one_batch", "accumulate", "sampled"):
+        config = PROFILE.model_copy(update={"sketch": 32, "probe": way, "micro_batch": 2})
+        profiled = cost("profile", "1", setting(profile=config.model_dump()), size)
+        assert profiled is not None
+        found = counted(lambda config=config: probe(objective, rows("probe"), modules, {}, config, (0, 1)))
+        assert found == profiled.flops
 
 
 def test_generation_reads_the_prompt_once_more(root: Path, tmp_path: Path) -> None:
@@ -121,8 +127,33 @@ def test_memory_grows_with_what_is_held(root: Path) -> None:
     assert memory("merge", None) >= size.weights * 4
     assert memory("evaluate_base", None, machine={**narrow, "device": "cpu"}) >= size.weights * 4  # the fp32 master
     profile = PROFILE.model_dump() | {"sketch": 32, "micro_batch": COUNTS["probe"]}
-    held = memory("profile", "1", profile=profile | {"probe": "accumulate"})
-    assert held == memory("profile", "1", profile=profile) + 4 * size.shape.linear
+    ways = [memory("profile", "1", profile=profile | {"probe": way}) for way in ("one_batch", "sampled", "accumulate")]
+    assert ways[2] == ways[0] + 4 * size.shape.linear  # the sums
+    assert ways[0] < ways[1] < ways[2]
+
+
+def test_memory_follows_micro_tokens_and_micro_batch(root: Path) -> None:
+    size, link = known(root), setting().link
+    longest = PROMPT + len(CANDIDATES[0])
+
+    def memory(**changes: Any) -> float:
+        found = cost("link", "1", setting(link=link | changes), size)
+        assert found is not None
+        return found.memory
+
+    assert memory(micro_tokens=None) == memory(micro_tokens=4 * longest) > memory(micro_tokens=4 * longest - 1)
+    assert memory(micro_tokens=2 * longest) == memory(micro_batch=2)
+    assert memory(micro_tokens=1) == memory(micro_batch=1)
+
+
+def test_rows_are_packed_where_training_packs_them(root: Path) -> None:
+    """Attention's results end to end: 32 numbers a token and block more, in two blocks."""
+    size = known(root)
+    padded = replace(size, family="another")
+    packed, plain = (cost("link", "1", setting(), one) for one in (size, padded))
+    assert PACKED == packing.FAMILIES and packed is not None and plain is not None
+    tokens = 4 * (PROMPT + len(CANDIDATES[0]) - 1)
+    assert packed.memory == plain.memory + tokens * 2 * 32 * 4
 
 
 def test_what_is_not_prepared_is_not_known(root: Path) -> None:

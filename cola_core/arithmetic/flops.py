@@ -3,16 +3,21 @@
 Per token, with P weights in linear maps, p in adapters, and a = heads x head size in each of L layers: forward
 2P + 4 T a L, gradients of activations as much again (4 products for attention's 2), gradients of trained weights 2P;
 adapters 6p. Attention counts all T x T pairs: a causal kernel may skip half of them, and one that keeps no scores
-computes them a second time on the way back. Softmax, norms, activations and Adam are no products and not counted.
+computes them a second time on the way back. Softmax, norms, activations, Adam, QR and SVD are no products and not
+counted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 from cola_core.arithmetic.shape import Group, Map, Shape, Work, walk
 
-__all__ = ["forward", "full_step", "knot", "lora_step", "probe"]
+__all__ = ["forward", "full_step", "knot", "lora_step", "probe", "sampled_probe", "taken"]
+
+BLOCK = 8  # columns of the subspace iteration for the gap, as in `cola_core.gap`
+ROUNDS = 3  # of it; measured on SmolLM2-135M: two or three for almost every module, seven at most
 
 
 def forward(shape: Shape, work: Work, ranks: Mapping[str, int] | None = None) -> float:
@@ -45,8 +50,30 @@ def probe(shape: Shape, work: Work, targets: Collection[str], sketch: int, earli
         targets: modules whose gradients are taken; sketch: rows of A_max;
         earlier: rank that was merged into every module before.
     """
+    sizes = [shape.modules[name] for name in targets]
     passes = forward(shape, work) + _backward(shape, work, {}, targets)
-    return passes + sum(_reduce(*shape.modules[name], sketch, earlier) for name in targets)
+    return passes + sum(2 * math.prod(size) * min(sketch, *size) + _gap(*size, earlier) for size in sizes)
+
+
+def sampled_probe(
+    shape: Shape, work: Work, targets: Collection[str], sketch: int, share: float, earlier: int = 0
+) -> float:
+    """4P per token, and of every probed module 2 k in + 2 s (in + out) for k rows of its gradient and its sketch.
+
+    Args:
+        targets, sketch, earlier: as in `probe`; share: of a gradient's rows, those that are taken.
+    """
+    maps = [m for group in walk(shape, work, {}, targets) for m in group.maps if m.trains]
+    spared = sum(2 * m.tokens * m.out * m.inner for m in maps)
+    kept = sum(2 * m.tokens * taken(m.out, share) * m.inner for m in maps)
+    sketched = sum(2 * m.tokens * min(sketch, m.out, m.inner) * (m.out + m.inner) for m in maps)
+    passes = forward(shape, work) + _backward(shape, work, {}, targets) - spared + kept + sketched
+    return passes + sum(_approximate(m.out, m.inner, sketch, share) + _gap(m.out, m.inner, earlier) for m in maps)
+
+
+def taken(out: int, share: float) -> int:
+    """How many rows a sampled probe takes of a gradient of `out` rows."""
+    return max(2, math.ceil(share * out))
 
 
 def knot(shape: Shape, ranks: Mapping[str, int]) -> float:
@@ -91,7 +118,11 @@ def _products(group: Group) -> int:
     return (query or key) + query + key + values
 
 
-def _reduce(out: int, inner: int, sketch: int, earlier: int) -> float:
-    """G A_max^T, <G, B A> of earlier pairs, G's Gram matrix for its largest singular value, and ||sum s B A||_*."""
-    short = min(out, inner)
-    return 2 * out * inner * (min(sketch, short) + earlier + short) + 2 * earlier**3
+def _approximate(out: int, inner: int, sketch: int, share: float) -> float:
+    """Leading singular vectors of the sketch, half as many as rows were taken, times their coefficients."""
+    return 2 * out * inner * min(max(1, taken(out, share) // 2), sketch, out, inner)
+
+
+def _gap(out: int, inner: int, earlier: int) -> float:
+    """<G, B A> of earlier pairs, G and G^T times a block in every round for ||G||_2, and ||sum s B A||_*."""
+    return 2 * out * inner * (earlier + 2 * ROUNDS * min(BLOCK, out, inner)) + 2 * earlier**3

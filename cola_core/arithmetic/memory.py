@@ -1,17 +1,20 @@
 """Bytes that a training step, a probe and a knot hold, by arithmetic; derived for Llama's blocks, rough for others.
 
 A block keeps for its backward, per token: the fp32 input of both norms, the input of whatever learns, queries, keys,
-values and what attention makes of them (a kernel that keeps no T x T scores), an MLP's expanded values (three times
-where it is gated: gate, silu(gate), up), and r numbers of each adapter.
+values and what attention makes of them (a kernel that keeps no T x T scores; where rows are packed, and the next map
+learns, once more end to end), an MLP's expanded values (three times where it is gated: gate, silu(gate), up), and r
+numbers of each adapter.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
+from cola_core.arithmetic.flops import taken
 from cola_core.arithmetic.shape import Group, Map, Shape, Work, walk
 
-__all__ = ["ADAM", "activations", "knot_bytes", "logits_bytes", "probe_bytes"]
+__all__ = ["ADAM", "activations", "knot_bytes", "logits_bytes", "probe_bytes", "sampled_bytes"]
 
 ADAM = 16  # bytes per trained parameter: fp32 value, gradient and two moments
 FP32, FP64 = 4, 8
@@ -32,7 +35,7 @@ def activations(
         checkpointing: of every block its input alone, and all of the block whose turn it is.
     """
     groups = list(walk(shape, work, ranks, trained, checkpointing))
-    kept = sum(_inputs(group, width) + _results(group, shape.heads, width) for group in groups)
+    kept = sum(_inputs(group, width, work.packed) + _results(group, shape.heads, width) for group in groups)
     last = work.tokens * FP32 * (shape.hidden + 1)  # the norm before the output layer
     if not checkpointing:
         return kept + last
@@ -45,15 +48,39 @@ def logits_bytes(shape: Shape, work: Work) -> float:
     return 4 * FP32 * work.outputs * shape.vocabulary
 
 
-def probe_bytes(shape: Shape, targets: Collection[str], width: int, accumulate: bool) -> float:
-    """What a probe holds beside weights and activations: one module's turn, and all mean gradients if accumulated.
+def probe_bytes(
+    shape: Shape, work: Work, targets: Collection[str], width: int, checkpointing: bool, accumulate: bool
+) -> float:
+    """What a probe holds beside weights, at most. Sketches leave for the host.
 
-    A turn: the gradient and its mean, fp32 if they are narrower, float64 for the spectral norm, and twice the Gram
-    matrix of its shorter side. Sketches leave for the host.
+    One batch: activations, and logits before or one module's turn after: its gradient and W * G, both and W in fp32
+    where they are narrower. Accumulated: the sums, and a micro-batch, or at the end one sum's mean and W.
     """
-    turn = max(map(_turn, (shape.modules[name] for name in targets), [width] * len(targets)))
-    held = sum(shape.modules[name][0] * shape.modules[name][1] for name in targets) if accumulate else 0
-    return turn + FP32 * held
+    most = max(math.prod(shape.modules[name]) for name in targets)
+    wide, cast = max(width, FP32), FP32 if width < FP32 else 0
+    kept, logits = activations(shape, work, {}, width, targets, checkpointing), logits_bytes(shape, work)
+    if not accumulate:
+        return kept + max(logits, (width + 2 * cast + wide) * most)
+    sums = wide * sum(math.prod(shape.modules[name]) for name in targets)
+    return sums + max(kept + max(logits, (width + cast) * most), (wide + cast) * most)
+
+
+def sampled_bytes(
+    shape: Shape, work: Work, targets: Collection[str], width: int, checkpointing: bool, sketch: int, share: float
+) -> float:
+    """What a sampled probe holds beside weights, at most.
+
+    The taken rows and sketches, and a micro-batch, or at the end one module's gradient made up from them, and its W.
+    """
+    maps = [m for group in walk(shape, work, {}, targets) for m in group.maps if m.trains]
+    wide, cast = max(width, FP32), FP32 if width < FP32 else 0
+    kept, logits = activations(shape, work, {}, width, targets, checkpointing), logits_bytes(shape, work)
+    if checkpointing:  # the probe keeps its modules' inputs itself
+        kept += sum(_read(group, width) for group in walk(shape, work, {}, targets))
+    sums = sum(_sampled(m, wide, sketch, share) for m in maps)
+    turn = max(cast * m.tokens * (m.out + m.inner) + wide * _sampling(m, share) for m in maps)
+    last = max(m.inner * ((wide + cast) * m.out + wide * taken(m.out, share)) for m in maps)
+    return sums + max(kept + max(logits, turn), last)
 
 
 def knot_bytes(shape: Shape, weights: int) -> float:
@@ -61,19 +88,33 @@ def knot_bytes(shape: Shape, weights: int) -> float:
     return FP32 * weights + 4 * FP64 * max(out * inner for out, inner in shape.modules.values())
 
 
-def _turn(size: tuple[int, int], width: int) -> int:
-    out, inner = size
-    each = 2 * width + (FP32 if width < FP32 else 0) + FP64
-    return each * out * inner + 2 * FP64 * min(out, inner) ** 2
+def _sampled(m: Map, wide: int, sketch: int, share: float) -> float:
+    """G[rows], S and A_max, which is drawn in float64."""
+    rank = min(sketch, m.out, m.inner)
+    return wide * (taken(m.out, share) * m.inner + m.out * rank) + FP64 * rank * m.inner
 
 
-def _inputs(group: Group, width: int) -> float:
-    """The norm's input and the one of what learns; what attention gives is kept anyway, and counted there."""
-    first, learning = group.maps[0], [m for m in group.maps if m.learns]
+def _sampling(m: Map, share: float) -> float:
+    """Numbers that a module's turn takes: dY^2 for the choice of rows, or dY[:, rows] and its product, or the sum."""
+    rows = taken(m.out, share)
+    return max(m.tokens * m.out, m.tokens * rows + rows * m.inner, 2 * rows * m.inner)
+
+
+def _inputs(group: Group, width: int, packed: bool) -> float:
+    """The norm's input and the one of what learns; what attention gives is kept anyway, and counted there.
+
+    Not so where rows are packed: what is kept there is every row's own result, what is read here all of them in one.
+    """
+    first = group.maps[0]
     norm = FP32 * first.tokens * (first.inner + 1) * (first.below and group.role in ("attention", "expand"))
-    given = group.role == "result" and first.below
-    shared = width * first.tokens * first.inner * (bool(learning) and not given)
-    return norm + shared + sum(_adapter(m, width) for m in learning)
+    given = group.role == "result" and first.below and not packed
+    shared = 0 if given else _read(group, width)
+    return norm + shared + sum(_adapter(m, width) for m in group.maps if m.learns)
+
+
+def _read(group: Group, width: int) -> float:
+    """The input of a group of which any map learns."""
+    return width * group.maps[0].tokens * group.maps[0].inner * any(m.learns for m in group.maps)
 
 
 def _adapter(m: Map, width: int) -> float:

@@ -60,10 +60,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """One pass over rows x length tokens, padding included.
+    """One pass over rows x length tokens, padding included where there is any.
 
     outputs: positions whose logits are computed; decoder_rows x decoder_length: tokens of an encoder-decoder's second
-    stack.
+    stack; packed: rows lie end to end, and attention's results are put together anew.
     """
 
     rows: float
@@ -71,6 +71,7 @@ class Work:
     outputs: float
     decoder_rows: float = 0
     decoder_length: float = 0
+    packed: bool = False
 
     @classmethod
     def of(cls, kind: str, rows: float, prompt: float, continuations: Sequence[float]) -> Work:
@@ -84,6 +85,16 @@ class Work:
             return cls(rows, prompt, rows * sum(continuations), rows * len(continuations), max(continuations))
         more = sum(length - 1 for length in continuations)
         return cls(rows, prompt + more, rows * (1 + more))
+
+    @classmethod
+    def end_to_end(cls, lengths: Sequence[int], outputs: float) -> Work:
+        """Packed rows of these lengths, as so many rows of one length.
+
+        Every formula here is a sum of multiples of the tokens, rows x length, of what attention takes, rows x length^2,
+        and of the outputs: two numbers that keep both sums lose nothing, though neither need be whole.
+        """
+        tokens, squares = sum(lengths), sum(length**2 for length in lengths)
+        return cls(tokens**2 / squares, squares / tokens, outputs, packed=True)
 
     @property
     def tokens(self) -> float:
