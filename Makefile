@@ -1,6 +1,6 @@
 # make run    environment, then the default recipe by `dvc repro`, then its scores
 # make test   environment, then the tests            make lint   style, types, layers
-# make bench  time and memory beside the peers, 15 minutes on 2 cores (QUICK=1: 3 minutes, nothing written)
+# make bench  time and memory beside the peers, 15 minutes on 2 cores (QUICK=1: 3 minutes, no table)
 # Elsewhere:  make run PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cu130   (empty: PyPI's own build)
 
 PYTHON ?= python3.11

@@ -27,7 +27,7 @@ console = Console(stderr=True)
 
 @app.command()
 def main(
-    quick: Annotated[bool, typer.Option(help="3 minutes instead of 15: fewer pairs, no table")] = False,
+    quick: Annotated[bool, typer.Option(help="what runs in one process, few pairs; writes nothing here")] = False,
     only: Annotated[list[str] | None, typer.Option(help="parts to run: " + "steps probes chains scoring ...")] = None,
     threads: Annotated[int, typer.Option(help="of torch, on both sides")] = 2,
 ) -> None:
@@ -92,18 +92,18 @@ SETTINGS: dict[str, Callable[[Path], Setting]] = {
 
 
 def _steps(need: Any, _: Path, quick: bool) -> Iterator[Row]:
-    few = 2 if quick else 8
+    few = 2 if quick else 6
     yield steps.trainer(need("r8"), "step-choice-r8", "R8, 64 tokens, beside PEFT + Trainer", 0.5, few)
-    if not quick:
-        yield steps.trainer(need("r8-long"), "step-choice-r8-long", "R8, 256 tokens, beside PEFT + Trainer", 0.5, 4)
-    yield steps.trainer(need("sst2"), "step-choice-sst2", "SST-2, beside PEFT + Trainer", 0.5, 2 * few)
-    yield steps.layers(need("sst2"), 3 * few)
-    yield steps.near_floor(need("r8"), "step-floor-qv", "query_value", 1.15, few)
+    yield steps.trainer(need("sst2"), "step-choice-sst2", "SST-2, beside PEFT + Trainer", 0.5, 3 * few)
+    yield steps.layers(need("sst2"), 4 * few)
     yield steps.near_floor(need("r8"), "step-floor-all", "all", 1.35, few)
+    yield steps.trainer(need("encoder"), "step-encoder", "MiniLM, R8, beside PEFT + Trainer", 0.75, 3 * few)
+    if quick:
+        return
+    yield steps.trainer(need("r8-long"), "step-choice-r8-long", "R8, 256 tokens, beside PEFT + Trainer", 0.5, 4)
+    yield steps.near_floor(need("r8"), "step-floor-qv", "query_value", 1.15, few)
     yield steps.trainer(need("generate"), "step-generate", "free text, beside PEFT + Trainer", 0.75, few)
-    yield steps.trainer(need("encoder"), "step-encoder", "MiniLM, R8, beside PEFT + Trainer", 0.75, 2 * few)
-    if not quick:
-        yield steps.full(need("sst2"), few)
+    yield steps.full(need("sst2"), few)
 
 
 def _precision(need: Any, folder: Path, quick: bool) -> Iterator[Row]:
@@ -118,12 +118,22 @@ def _probes(need: Any, _: Path, quick: bool) -> Iterator[Row | dict[str, Any]]:
 
 
 def _chains(need: Any, _: Path, quick: bool) -> Iterator[Row]:
-    yield from chains.chain_rows(need("sst2" if quick else "r8"), 6 if quick else 15)
+    yield from chains.chain_rows(need("sst2" if quick else "r8"), 6 if quick else 12)
 
 
 def _scoring(need: Any, _: Path, quick: bool) -> Iterator[Row]:
     yield scoring.scoring(need("r8"), "scoring-8", 3.0, 8 if quick else 24, 1 if quick else 3)
     yield scoring.scoring(need("sst2"), "scoring-2", 1.6, 32, 1 if quick else 3)
+
+
+def _pipeline(_: Any, __: Path, quick: bool) -> Iterator[Row]:
+    if not quick:
+        yield from pipeline.rows()
+
+
+def _curves(need: Any, _: Path, quick: bool) -> Iterator[dict[str, Any]]:
+    if not quick:
+        yield from curves.curves(need("r8"))
 
 
 PARTS: dict[str, Callable[[Any, Path, bool], Iterator[Row | dict[str, Any]]]] = {
@@ -132,8 +142,8 @@ PARTS: dict[str, Callable[[Any, Path, bool], Iterator[Row | dict[str, Any]]]] = 
     "probes": _probes,
     "chains": _chains,
     "scoring": _scoring,
-    "pipeline": lambda _, __, quick: pipeline.rows(quick),
-    "curves": lambda need, _, quick: curves.curves(need("r8"), quick),
+    "pipeline": _pipeline,
+    "curves": _curves,
 }
 
 

@@ -26,14 +26,13 @@ TARGETS: dict[str, Any] = {
 }
 
 
-def curves(where: Setting, quick: bool) -> Iterator[dict[str, Any]]:
+def curves(where: Setting) -> Iterator[dict[str, Any]]:
     """One axis at a time around rank 8, all linears, 8 rows of 64 tokens; the quicker of two forwards and backwards."""
     objective = where.objective()
-    every = 3 if quick else 1
-    yield _curve("rank", (_point(where, objective, r, rank=r) for r in RANKS[::every]))
-    yield _curve("modules", (_point(where, objective, name, targets=t) for name, t in list(TARGETS.items())[::every]))
-    yield _curve("length", (_point(where, objective, n, length=n, batch=512 // n) for n in LENGTHS[::every]))
-    yield _curve("batch", (_point(where, objective, n, batch=n) for n in BATCHES[::every]))
+    yield _curve("rank", (_point(where, objective, r, rank=r) for r in RANKS))
+    yield _curve("modules", (_point(where, objective, name, targets=t) for name, t in TARGETS.items()))
+    yield _curve("length", (_point(where, objective, n, length=n, batch=512 // n) for n in LENGTHS))
+    yield _curve("batch", (_point(where, objective, n, batch=n) for n in BATCHES))
 
 
 def _curve(name: str, points: Iterator[dict[str, Any]]) -> dict[str, Any]:

@@ -21,24 +21,20 @@ ORDER = ("fetch", "prepare", "head", "evaluate_base", "profile 1", "allocate 1",
          "link 2", "merge", "evaluate", "register")  # fmt: skip
 
 
-def rows(quick: bool) -> Iterator[Row]:
-    """Measure on a project of its own, with DVC's caches and a Prefect server of its own.
-
-    Args:
-        quick: fewer repeats, and three light stages in place of twelve where Prefect is measured by the stage.
-    """
-    yield _torch(1 if quick else 3)
+def rows() -> Iterator[Row]:
+    """Measure on a project of its own, with DVC's caches and a Prefect server of its own."""
+    yield _torch(3)
     with trial() as project:
-        times = _stages(project, 1 if quick else 2)
+        times = _stages(project)
         project.python("-m", "dvc", "commit", "--force", "--quiet")  # the outs are there: nothing is left to run
         yield _slowest("torch-stage", "a stage that loads a model, whole process", times, TORCH, 3.5)
         yield _slowest("other-stage", "any other stage, whole process", times, OTHER, 1.0)
-        idle = _idle(project, 2 if quick else 5)
+        idle = _idle(project, 5)
         yield alone("dvc-no-op", "`dvc repro` of 13 stages with nothing to do", idle.peer, 1.5)
         extra = [ours - peer for ours, peer in zip(idle.ours, idle.peer, strict=True)]
         told = f"flow {statistics.median(idle.ours):.1f} s, a Prefect server running"
         yield alone("flow-no-op", "`cola run` with nothing to do, beyond `dvc repro`", extra, 3.0, note=told)
-        yield _working(project, quick)
+        yield _working(project)
 
 
 def _torch(repeats: int) -> Row:
@@ -49,12 +45,12 @@ def _torch(repeats: int) -> Row:
     return alone("torch-import", "`python -c 'import torch'`", values, None, note="goals assume 1.8 s")
 
 
-def _stages(project: Trial, repeats: int) -> dict[str, list[float]]:
-    """Wall seconds of `python -m tasks.<stage> [link]`, stage by stage in the graph's order, `repeats` times over."""
+def _stages(project: Trial) -> dict[str, list[float]]:
+    """Wall seconds of `python -m tasks.<stage> [link]`, stage by stage in the graph's order, twice over."""
     project.python("-m", "compileall", "-q", "cola_core", "tasks", "flows")
     project.python("-m", "tasks.fetch")  # what fills the asset cache is no part of the figure
     times: dict[str, list[float]] = {stage: [] for stage in ORDER}
-    for _ in range(repeats):
+    for _ in range(2):
         for stage in ORDER:
             name, *key = stage.split()
             times[stage].append(timed(partial(project.python, "-m", f"tasks.{name}", *key)))
@@ -76,20 +72,17 @@ def _idle(project: Trial, pairs: int) -> Pairs:
     return alternate(project.flow, project.dvc, pairs)
 
 
-def _working(project: Trial, quick: bool) -> Row:
-    """Both on the same change of parameters in turn, each with a value of its own: the run cache would serve a second.
-
-    A new seed runs all stages but fetch; another upper bound of the ranks, which none reaches, the allocations alone.
-    """
-    key, values = ("allocate.r_max", iter(range(31, 0, -1))) if quick else ("seed", iter(range(1, 100)))
+def _working(project: Trial) -> Row:
+    """Both on the same change of parameters in turn, each with a seed of its own: the run cache would serve a second."""
+    seeds = iter(range(1, 100))
     ran: list[int] = []
 
     def flow() -> None:
-        project.set(key, next(values))
+        project.set("seed", next(seeds))
         ran.append(len(project.flow()))
 
     def dvc() -> None:
-        project.set(key, next(values))
+        project.set("seed", next(seeds))
         ran.append(len(project.dvc()))
 
     found = alternate(flow, dvc, 1, warm_up=0)
@@ -97,5 +90,4 @@ def _working(project: Trial, quick: bool) -> Row:
         raise RuntimeError(f"the flow and dvc repro ran different numbers of stages: {ran}")
     extra = [(ours - peer) / ran[0] for ours, peer in zip(found.ours, found.peer, strict=True)]
     note = f"{ran[0]} stages ran; flow {found.ours[0]:.1f} s, dvc repro {found.peer[0]:.1f} s, a new workspace included"
-    goal = None if quick else 0.7  # what a flow costs whatever runs is spread over all stages, not over three
-    return alone("flow-stage", "`cola run` beyond `dvc repro`, per stage that runs", extra, goal, note=note)
+    return alone("flow-stage", "`cola run` beyond `dvc repro`, per stage that runs", extra, 0.7, note=note)
