@@ -73,7 +73,7 @@ def _idle(project: Trial, pairs: int) -> Pairs:
 
 
 def _working(project: Trial) -> Row:
-    """Both on the same change of parameters in turn, each with a seed of its own: the run cache would serve a second."""
+    """Both with a seed of their own each time: the run cache would serve a second run of the same."""
     seeds = iter(range(1, 100))
     ran: list[int] = []
 
