@@ -104,22 +104,14 @@ def fits() -> str:
 def _held() -> Iterator[tuple[str, Callable[[Setting], float]]]:
     yield "weights in bf16 (of 8 GPUs: an eighth, and two gathered blocks)", lambda s: s.resident
     for rank in (8, 64):
-        yield f"adapters and Adam, r = {rank} on all linears", partial(_adam, rank)
+        yield f"adapters and Adam, r = {rank} on all linears", lambda s, r=rank: ADAM * s.trained(r)
     for rows in (1, 4, 8):
         for checkpointing, words in ((False, "activations and logits"), (True, "the same with checkpointing")):
-            yield f"{words}, {rows} x {LENGTH}", partial(_kept, rows, checkpointing)
+            yield f"{words}, {rows} x {LENGTH}", lambda s, n=rows, c=checkpointing: s.kept(n, c)
     yield f"probe, {PROBE} rows in one batch, with checkpointing", lambda s: _probing(PROBE // s.gpus, False, s)
     yield "probe, accumulate, a row at a time, with checkpointing", partial(_probing, 1, True)
     yield "probe, sampled, an eighth of every gradient's rows, a row at a time, with checkpointing", _sampled
     yield "in host memory, where links are merged: the fp32 master", lambda s: knot_bytes(s.shape, s.weights)
-
-
-def _adam(rank: int, setting: Setting) -> float:
-    return ADAM * setting.trained(rank)
-
-
-def _kept(rows: int, checkpointing: bool, setting: Setting) -> float:
-    return setting.kept(rows, checkpointing)
 
 
 def _probing(rows: int, accumulate: bool, setting: Setting) -> float:
@@ -160,21 +152,20 @@ def costs() -> str:
 
 
 def _work() -> Iterator[tuple[str, Callable[[Setting], float]]]:
-    step, held = rows_of(BATCH), rows_of(VALIDATION)
+    step, held, probed = rows_of(BATCH), rows_of(VALIDATION), rows_of(PROBE)
     for rank in (8, 64):
-        yield f"LoRA step, all linears, r = {rank}", partial(_step, step, rank)
+        yield f"LoRA step, all linears, r = {rank}", lambda s, r=rank: lora_step(s.shape, step, s.ranks(r))
     yield "the same with checkpointing, r = 8", lambda s: lora_step(s.shape, step, s.ranks(8), checkpointing=True)
     yield "LoRA step, query and value, r = 8", lambda s: lora_step(s.shape, step, s.ranks(8, "query_value"))
     yield "full fine-tuning step", lambda s: full_step(s.shape, step)
     yield f"validation, {VALIDATION} rows", lambda s: forward(s.shape, held, s.ranks(8))
     yield f"probe, {PROBE} rows, sketch {SKETCH}", _probe
-    yield "the same, sampled, an eighth of every gradient's rows", _probe_sampled
+    yield (
+        "the same, sampled, an eighth of every gradient's rows",
+        lambda s: sampled_probe(s.shape, probed, s.shape.modules, SKETCH, SHARE),
+    )
     yield "a knot, r = 8", lambda s: knot(s.shape, s.ranks(8))
     yield f"**a link: {STEPS} steps, 5 validations, probe, knot**", lambda s: _link(s) + _probe(s)
-
-
-def _step(work: Work, rank: int, setting: Setting) -> float:
-    return lora_step(setting.shape, work, setting.ranks(rank))
 
 
 def shares() -> str:
@@ -192,10 +183,6 @@ def _added(setting: Setting, rows: int, steps: int, batch: int) -> str:
 
 def _probe(setting: Setting) -> float:
     return probe(setting.shape, rows_of(PROBE), setting.shape.modules, SKETCH)
-
-
-def _probe_sampled(setting: Setting) -> float:
-    return sampled_probe(setting.shape, rows_of(PROBE), setting.shape.modules, SKETCH, SHARE)
 
 
 def _link(setting: Setting) -> float:

@@ -17,7 +17,7 @@ from cola_core.assets.tiny import build_tiny
 from cola_core.errors import RetryError, UserError
 from cola_core.files import write_json
 from flows.cli import main
-from flows.cost import sizes
+from flows.sizes import sizes
 
 HEAVY = {"torch", "transformers", "prefect", "mlflow", "dvc", "datasets", "hydra", "pandas", "pyarrow", "numpy"}
 COMMANDS = ("plan", "run", "serve", "ui", "inspect", "export", "chain", "sync", "clean", "adopt")

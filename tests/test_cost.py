@@ -127,9 +127,12 @@ def test_memory_grows_with_what_is_held(root: Path) -> None:
     assert memory("merge", None) >= size.weights * 4
     assert memory("evaluate_base", None, machine={**narrow, "device": "cpu"}) >= size.weights * 4  # the fp32 master
     profile = PROFILE.model_dump() | {"sketch": 32, "micro_batch": COUNTS["probe"]}
-    ways = [memory("profile", "1", profile=profile | {"probe": way}) for way in ("one_batch", "sampled", "accumulate")]
-    assert ways[2] == ways[0] + 4 * size.shape.linear  # the sums
-    assert ways[0] < ways[1] < ways[2]
+    one, accumulated = (memory("profile", "1", profile=profile | {"probe": way}) for way in ("one_batch", "accumulate"))
+    assert accumulated == one + 4 * size.shape.linear  # the sums
+    few, many = (
+        memory("profile", "1", profile=profile | {"probe": "sampled", "row_share": share}) for share in (0.25, 0.75)
+    )
+    assert one < few and many - few == pytest.approx(4 * size.shape.linear / 2, rel=0.1)
 
 
 def test_memory_follows_micro_tokens_and_micro_batch(root: Path) -> None:
