@@ -45,18 +45,19 @@ def _bar(name: str) -> Iterator[Tick]:
 
 @contextmanager
 def _lines(name: str) -> Iterator[Tick]:
-    meter, started, said = _Meter(), time.monotonic(), [0.0]
-    first: list[int] = []
+    meter, said = _Meter(), [0.0]
+    first: list[tuple[int, float]] = []  # where and when the count began: a resumed link does not begin at 0
 
     def tick(done: int, total: int, tokens: int, text: str) -> None:
         now, speed = time.monotonic(), meter(tokens)
         if not first:
-            first.append(done)
-        if now - said[0] < LINE_SECONDS and done < total and done > first[0]:
+            first.append((done, now))
+        steps = done - first[0][0]
+        if now - said[0] < LINE_SECONDS and 0 < steps and done < total:
             return
         said[0] = now
-        left = (now - started) / max(1, done - first[0] + 1) * (total - done)
-        print(f"{name}: {done}/{total}  {text}  {speed:,.0f} tokens/s  {left:.0f} s left", flush=True)
+        left = f"{(now - first[0][1]) / steps * (total - done):.0f} s left" if steps else ""
+        print(f"{name}: {done}/{total}  {text}  {speed:,.0f} tokens/s  {left}".rstrip(), flush=True)
 
     yield tick
 

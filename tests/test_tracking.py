@@ -20,6 +20,7 @@ from cola_core.errors import RetryError, UserError
 from tasks import live as live_log
 from tasks import sync as sync_module
 from tasks.places import home, main_checkout
+from tasks.progress import progress
 from tasks.stage import Context, Done, record
 from tasks.store import Store, mask, open_store
 from tasks.sync import sync
@@ -326,3 +327,16 @@ def test_the_marker_tells_sync_what_to_look_for(checkout: Path) -> None:
     marker = json.loads((home() / "live" / "r1.json").read_text())
     live.close()
     assert marker == {"id": "r1", "stage": "link@1", "experiment": "cola-r8"}
+
+
+def test_the_time_left_counts_from_the_first_tick(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Neither 16 rows at once nor a link resumed at step 20 is taken for the work of the first tick alone."""
+    clock = [100.0]
+    monkeypatch.setattr("tasks.progress.time.monotonic", lambda: clock[0])
+    with progress("link@1") as tick:
+        for done in (21, 22, 23):
+            clock[0] += 10.0
+            tick(done, 40, 5, "loss 1.0")
+    lines = capsys.readouterr().out.splitlines()
+    assert "left" not in lines[0] and lines[0].startswith("link@1: 21/40")
+    assert lines[1].endswith("180 s left") and lines[2].endswith("170 s left")

@@ -80,7 +80,7 @@ class LinkConfig(Strict):
     alpha, parametrisation: scale = alpha / r (plain) or alpha / sqrt(r) (rslora).
     gamma: size of the first step that GoRA's initialiser takes.
     batch: rows of one optimizer step, computed in groups of similar length of at most `micro_batch` rows and
-        `micro_tokens` padded tokens (null = any number): memory follows these two, gradients do not.
+        `micro_tokens` tokens with their padding (null = any number): memory follows these two, gradients do not.
     learning_rate: of A; B's is `ratio` times that under lora_plus; `head_learning_rate` of an encoder's head.
     warmup: fraction of the steps; decay: shape after it, down to `floor` times the peak.
     keep: best = the adapter with the lowest validation loss; last = the one after the last step.

@@ -23,7 +23,7 @@ class EvaluateConfig(Strict):
     """Section `evaluate`.
 
     rows: of the test file, a seeded class-stratified sample, or all of them.
-    batch, batch_tokens: rows, and padded tokens (null = any number), computed at once at most.
+    batch, batch_tokens: rows, and tokens with their padding (null = any number), computed at once at most.
     prefixes: score every prefix of the chain, not only the whole.
     resamples, confidence: of the percentile bootstrap behind every interval.
     """

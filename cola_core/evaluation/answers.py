@@ -70,10 +70,10 @@ def answer(
     tick: Tick = lambda *_: None,
     tokens: int | None = None,
 ) -> Answers:
-    """Answer every row, short rows first so that little is padded.
+    """Answer every row, in groups of similar length.
 
     Args:
-        size, tokens: rows, and padded tokens of prompt and answer, computed at once at most.
+        size, tokens: rows, and tokens of prompt and answer with their padding, computed at once at most.
         decode: token ids -> text, for generated answers.
     """
     objective.eval()
