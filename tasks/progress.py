@@ -53,7 +53,7 @@ def _lines(name: str) -> Iterator[Tick]:
         if not first:
             first.append((done, now))
         steps = done - first[0][0]
-        if now - said[0] < LINE_SECONDS and 0 < steps and done < total:
+        if now - said[0] < LINE_SECONDS and steps > 0 and done < total:
             return
         said[0] = now
         left = f"{(now - first[0][1]) / steps * (total - done):.0f} s left" if steps else ""
