@@ -78,6 +78,11 @@ class Probes:
         self.objective.eval()
         self._ask(False)
 
+    def sampled_bytes(self, share: float) -> int:
+        """Peak above the activations, of all rows at once as for the others."""
+        whole = functools.partial(self.ours, probe="sampled", row_share=share, micro_batch=len(self.where.probe))
+        return peak_bytes(whole) - peak_bytes(self.forward)
+
     def ranks(self, found: Profile) -> dict[str, int]:
         """What the recipe's allocator makes of a profile."""
         shapes = {name: weight_shape(module) for name, module in self.modules.items()}
@@ -144,7 +149,7 @@ def _sampled(probes: Probes, exact: Profile, share: float) -> dict[str, Any]:
     errors = [abs(found.modules[n]["importance"] / exact.modules[n]["importance"] - 1) for n in wanted]
     return {
         "row_share": share,
-        "memory_share": share + sum(s.nbytes for s in found.sketches.values()) / probes.bytes,
+        "memory_share": probes.sampled_bytes(share) / probes.bytes,
         "equal_ranks": sum(ranks[name] == rank for name, rank in wanted.items()) / len(wanted),
         "worst_rank_difference": max(abs(ranks[name] - rank) for name, rank in wanted.items()),
         "mean_importance_error": sum(errors) / len(errors),

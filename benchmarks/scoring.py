@@ -23,6 +23,8 @@ def scoring(where: Setting, name: str, goal: float, rows: int, pairs: int) -> Ro
     objective, examples = where.objective(), where.test[:rows]
     model, found = where.model(), Pairs()
     answers, chosen = [], []
+    one_by_one(model, examples[:BATCH], where.task.candidates[:1])
+    answer(objective, examples[:BATCH], BATCH, str)
     for _ in range(pairs):
         ours = timed(lambda: answers.append(answer(objective, examples, BATCH, str)))
         peer = timed(lambda: chosen.append(one_by_one(model, examples, where.task.candidates)))
@@ -37,12 +39,16 @@ def scoring(where: Setting, name: str, goal: float, rows: int, pairs: int) -> Ro
 
 @torch.no_grad()
 def one_by_one(model: torch.nn.Module, rows: Sequence[Example], candidates: Sequence[Sequence[int]]) -> Tensor:
-    """rows x candidates summed log-probabilities, as an evaluation script with transformers computes them."""
+    """rows x candidates summed log-probabilities, as a careful evaluation script with transformers computes them.
+
+    Rows are sorted by length, and of the logits only the candidate's positions are normalised.
+    """
     scores = torch.zeros(len(rows), len(candidates))
+    ranked = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
+        batch = ranked[start : start + BATCH]
         for column, candidate in enumerate(candidates):
-            scores[start : start + len(batch), column] = _batch(model, [row.prompt for row in batch], candidate)
+            scores[batch, column] = _batch(model, [rows[i].prompt for i in batch], candidate)
     return scores
 
 
@@ -51,6 +57,7 @@ def _batch(model: torch.nn.Module, prompts: Sequence[Sequence[int]], candidate: 
     longest = max(map(len, texts))
     ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
     mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
-    found = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-    places = [[len(prompt) - 1 + i for i in range(len(candidate))] for prompt in prompts]
-    return torch.stack([found[i, place, candidate].sum() for i, place in enumerate(places)])
+    found = model(input_ids=ids, attention_mask=mask).logits
+    places = [range(len(prompt) - 1, len(prompt) - 1 + len(candidate)) for prompt in prompts]
+    needed = torch.stack([found[i, list(place)] for i, place in enumerate(places)]).log_softmax(-1)
+    return needed[:, range(len(candidate)), list(candidate)].sum(-1)

@@ -27,14 +27,14 @@ def trainer(where: Setting, name: str, what: str, goal: float, pairs: int, targe
     return compared(name, what, against_trainer(where, ours, theirs, pairs), goal)
 
 
-def layers(where: Setting, pairs: int) -> Row:
+def layers(where: Setting, task: str, pairs: int) -> Row:
     """Ours beside PEFT's layers in our own loop: what is left is the adapter layer."""
     config = where.link(steps=pairs + 2)
     ours = Ours(where, config, where.pairs(where.objective(), "all", RANK), where.objective())
     theirs = _peft_in_our_loop(where, config)
     found = alternate(ours.step, theirs.step, pairs)
     ours.check(theirs.losses, 1e-4)
-    return compared("step-peft-layers", "R8, PEFT's layers inside our loop", found, 1.0)
+    return compared("step-peft-layers", f"{task}, PEFT's layers inside our loop", found, 1.0)
 
 
 def _peft_in_our_loop(where: Setting, config: Any) -> Ours:
@@ -52,49 +52,54 @@ def near_floor(where: Setting, name: str, targets: str, goal: float, pairs: int)
     config = where.link(steps=pairs + 3)
     ours = Ours(where, config, where.pairs(where.objective(), targets, RANK), where.objective())
     bare = where.objective()
-    steps, names = iter(ours.rows), list(ours.layers)
+    steps, names, losses = iter(ours.rows), list(ours.layers), list[float]()
 
     def least() -> None:
         rows = next(steps)
         for group in bare.groups(rows, config.micro_batch):
-            loss = bare(bare.training_batch([rows[i] for i in group]))
+            batch = bare.training_batch([rows[i] for i in group])
+            loss = bare(batch) / bare.units(batch)
             loss.backward()
+            losses.append(float(loss.detach()))
 
     with floor(bare, names):
         found = alternate(ours.step, least, pairs)
-    ours.check([])
+    ours.check(losses[:1])  # the bare model does not learn
     assert not any(p.grad is not None for p in bare.parameters()), "the floor computes no weight gradient"
     return compared(name, f"R8, the measured floor, adapters on {targets.replace('_', ' ')}", found, goal)
 
 
-def full(where: Setting, pairs: int) -> Row:
+def full(where: Setting, task: str, pairs: int) -> Row:
     """Ours beside full fine-tuning in the same loop: all weights' gradients and AdamW on them."""
     config = where.link(steps=pairs + 2)
     ours = Ours(where, config, where.pairs(where.objective(), "all", RANK), where.objective())
     model = where.objective()
     model.requires_grad_(True)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=True)
-    steps = iter(ours.rows)
+    steps, losses = iter(ours.rows), list[float]()
 
     def whole() -> None:
         rows = next(steps)
         for group in model.groups(rows, config.micro_batch):
             batch = model.training_batch([rows[i] for i in group])
-            (model(batch) / len(rows)).backward()
+            loss = model(batch) / model.units(batch)
+            loss.backward()
+            losses.append(float(loss.detach()))
         adam.step()
         adam.zero_grad()
 
     found = alternate(ours.step, whole, pairs)
-    ours.check([])
-    return compared("step-full", "R8, full fine-tuning in the same loop", found, None)
+    ours.check(losses[:1])  # it learns something else
+    return compared("step-full", f"{task}, full fine-tuning in the same loop", found, None)
 
 
 def bf16(where: Setting, pairs: int) -> Row:
     """Our step with a bf16 base beside the same step in fp32."""
     config = where.link(steps=pairs + 2)
-    start = where.pairs(where.objective(), "all", RANK)
-    half = Ours(where, config, start, where.objective("bf16"))
-    whole = Ours(where, config, start, where.objective())
+    half, whole = (
+        Ours(where, config, where.pairs(where.objective(), "all", RANK), where.objective(dtype))
+        for dtype in ("bf16", "fp32")
+    )
     found = alternate(half.step, whole.step, pairs)
     half.check(whole.losses, 0.05)
     note = f"{_instructions()}; the losses of both agree within 5 %"

@@ -55,7 +55,7 @@ def _line(row: Mapping[str, Any]) -> str:
 def _number(value: float, unit: str) -> str:
     if unit == "B":
         return f"{value / 2**20:.1f} MiB"
-    return f"{value:.3g} {unit}"
+    return f"{value:.3g} {unit}".strip()
 
 
 def _draw(curves: list[dict[str, Any]], path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cola_core.rows import Row, Task
 
-__all__ = ["COLLATE", "Batch", "Branched", "branch_mask", "mask_of", "pad"]
+__all__ = ["COLLATE", "LENGTH", "Batch", "Branched", "branch_mask", "mask_of", "pad"]
 
 
 @dataclass
@@ -63,6 +63,15 @@ def mask_of(sequences: Sequence[Sequence[int]], left: bool = False) -> Tensor:
 
 
 Continuations = Sequence[Sequence[Sequence[int]]]
+
+
+# Tokens computed for one row with its continuations, the longest of which in all rows has so many tokens: a decoder's
+# rows are padded to it, beside prompts that are padded to the longest prompt.
+LENGTH: dict[str, Callable[[Row, Sequence[Sequence[int]], int], int]] = {
+    "causal": lambda row, conts, _: len(row.prompt) + sum(len(tokens) - 1 for tokens in conts),
+    "seq2seq": lambda row, conts, longest: len(row.prompt) + len(conts) * longest,
+    "encoder": lambda row, _, __: len(row.prompt),
+}
 
 
 @dataclass

@@ -30,8 +30,12 @@ FAMILIES = {"llama", "opt", "gpt2", "bert"}
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Make `model` ready for packed rows where that is known to work; other inputs are computed as before."""
-    if model.config.model_type not in FAMILIES or model.device.type != "cpu":
+    """Make `model` ready for packed rows where that is known to work; other inputs are computed as before.
+
+    An attention that the caller chose instead of transformers' default stays.
+    """
+    known = model.config.model_type in FAMILIES and model.config._attn_implementation in ("sdpa", "by_rows")
+    if not known or model.device.type != "cpu":
         return False
     model.set_attn_implementation("by_rows")
     return True

@@ -122,7 +122,8 @@ def _sampled(
     watched = partial(both_ends, modules, lambda name, x, dy: kept[name].add(x, dy))
     *_, done = _micro_batches(objective, rows, config, watched)
     for gradient in kept.values():
-        gradient.finish(done[1])
+        if gradient.rows is not None:  # else nothing reached it, which `probe` tells
+            gradient.finish(done[1])
     return done
 
 

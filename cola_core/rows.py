@@ -116,21 +116,23 @@ def order(rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
     return [stream[i * batch : (i + 1) * batch] for i in range(steps)]
 
 
-def group_by_length(rows: Sequence[Row], size: int, tokens: int | None = None, padded: bool = True) -> list[list[int]]:
+def group_by_length(
+    lengths: Sequence[int], size: int, tokens: int | None = None, padded: bool = True
+) -> list[list[int]]:
     """Cut rows, sorted by length, into the groups that cost least to compute.
 
     A group costs its tokens, the padded ones included, plus OVERHEAD; losses are sums, so how rows are cut changes no
     gradient.
 
     Args:
+        lengths: tokens computed for every row.
         size: rows of a group at most.
         tokens: tokens of a group at most, None for any number; a longer row is a group of its own.
         padded: whether a group's rows are all as long as its longest.
 
     Returns:
-        indices into `rows`, shortest rows first.
+        indices into `lengths`, shortest rows first.
     """
-    lengths = [len(row.prompt) + len(row.answer) for row in rows]
     ranked = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     total = [0, *accumulate(lengths[i] for i in ranked)]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,8 @@ class SampledGradient:
     def finish(self, units: int) -> None:
         """Hand the means over `units` to the reducer.
 
-        ||G||_F is estimated from S, whose entries have variance ||G_i||^2 / (3 in); the gap from the best approximation
-        of G in the span of S's leading singular vectors.
+        ||G||_F is estimated from S, whose entries have variance ||G_i||^2 / (3 in); the gap from an approximation of G
+        in the span of S's leading singular vectors that fits the taken rows and is no larger than that estimate.
         """
         assert isinstance(self.part, Tensor) and isinstance(self.sketch, Tensor) and self.rows is not None
         part, sketch = self.part / units, self.sketch / units
@@ -55,7 +56,8 @@ class SampledGradient:
         norm = float(sketch.norm()) * math.sqrt(3 * columns / sketch.shape[1])
         self.reduce.finite(self.name, norm)
         left = torch.linalg.svd(sketch, full_matrices=False).U[:, : max(1, len(self.rows) // 2)]
-        nearby = left @ torch.linalg.lstsq(left[self.rows], part).solution
+        nearby = left @ (torch.linalg.pinv(left[self.rows], rtol=0.1) @ part)
+        nearby *= min(1.0, norm / max(float(nearby.norm()), 1e-30))
         self.reduce.keep(self.name, sketch, self._importance(part, sketch), norm, nearby)
 
     def _choose(self, energy: Tensor) -> None:
@@ -75,7 +77,7 @@ class SampledGradient:
         size = weight.norm(dim=1) * sketch.norm(dim=1)
         certain, drawn = self.rows[: self.certain], self.rows[self.certain :]
         left = size.sum() - size[certain].sum()
-        share = left / size[drawn].sum() if float(size[drawn].sum()) else left
+        share = left / size[drawn].sum().clamp_min(torch.finfo(size.dtype).tiny)
         return float(found[: self.certain].sum() + share * found[self.certain :].sum()) / weight.numel()
 
 
@@ -85,14 +87,15 @@ def both_ends(modules: Modules, receive: Callable[[str, Tensor, Tensor], None]) 
 
     The outputs of the first modules are made to ask for gradients: no weight does, and nothing below them need.
     """
-    inputs: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def ended(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[name] = args[0].detach()
+            def both(x: Tensor, dy: Tensor) -> None:
+                receive(name, flat(x), flat(dy))
+
             if not output.requires_grad:
                 output.requires_grad_(True)
-            output.register_hook(lambda dy: receive(name, flat(inputs.pop(name)), flat(dy)))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(both, args[0].detach()))  # type: ignore[no-untyped-call]
 
         return ended
 

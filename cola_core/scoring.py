@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from cola_core.batches import COLLATE, Batch
+from cola_core.batches import COLLATE, LENGTH, Batch
 from cola_core.packing import PACKED, first_tokens, packed_inputs, packs
 from cola_core.rows import Row, Task, group_by_length
 
@@ -66,13 +66,26 @@ class Objective(nn.Module):
         return (sums / batch.lengths if self.task.score == "mean" else sums).view(len(batch.labels), -1)
 
     def _collate(self, rows: Sequence[Row], compare: bool) -> Batch:
-        continuations = [self.task.candidates if compare else [row.answer] for row in rows]
+        continuations = [self._continuations(row, compare) for row in rows]
         collate = (PACKED if self.packed else COLLATE)[self.kind]
         return collate(rows, continuations, self.task).to(self.model.device)
 
-    def groups(self, rows: Sequence[Row], size: int, tokens: int | None = None) -> list[list[int]]:
-        """Which rows to compute together; see `group_by_length`."""
-        return group_by_length(rows, size, tokens, padded=not self.packed)
+    def groups(
+        self, rows: Sequence[Row], size: int, tokens: int | None = None, compare: bool | None = None
+    ) -> list[list[int]]:
+        """Which rows to compute together; see `group_by_length`.
+
+        Args:
+            compare: every candidate is computed, as in `scoring_batch`; by default what `training_batch` computes.
+        """
+        every = self.task.loss == "candidates" if compare is None else compare and bool(self.task.candidates)
+        continuations = [self._continuations(row, every) for row in rows]
+        longest = max((len(tokens) for conts in continuations for tokens in conts), default=0)
+        lengths = [LENGTH[self.kind](*both, longest) for both in zip(rows, continuations, strict=True)]
+        return group_by_length(lengths, size, tokens, padded=not self.packed)
+
+    def _continuations(self, row: Row, compare: bool) -> list[list[int]]:
+        return self.task.candidates if compare else [row.answer]
 
     def _token_log_probabilities(self, batch: Batch) -> Tensor:
         """log p of every supervised token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 from cola_core.errors import RetryError, UserError
 from flows import worker
@@ -62,13 +64,13 @@ class Dvc:
             UserError: the stage failed; its one clear line, or the last line of a crash.
             RetryError: the stage said that it may succeed later.
         """
-        ran, last, code = False, "", ""
+        ran, last, code, word = False, "", "", secrets.token_hex()
         with tempfile.TemporaryDirectory() as folder:
             note = Path(folder) / "failure.json"
             try:
-                for line in self._lines(f"{stage}\t{note}\n"):
-                    if line.startswith(END):
-                        code = line.removeprefix(END)
+                for line in self._lines(f"{stage}\t{note}\t{word}\n"):
+                    if line.startswith(f"{END}{word} "):
+                        code = line.rpartition(" ")[2]
                         break
                     ran = ran or line.startswith("Running stage ")
                     last = last if not line or SHELL in line else line
@@ -77,6 +79,9 @@ class Dvc:
             except BaseException:
                 self.close()  # a cancelled run must not train on
                 raise
+            if not code:
+                self.close()  # nor may the stage of a DVC that was killed
+                last = f"DVC's process was killed{': ' * bool(last)}{last}"
             if code != "0":
                 _raise(note, stage, last)
         return ran
@@ -112,7 +117,7 @@ def _raise(note: Path, stage: str, last: str) -> None:
 
 def _start(workspace: Workspace) -> subprocess.Popen[str]:
     """A child in a process group of its own, which also holds the workspace's lock for as long as it lives."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-P", str(Path(worker.__file__).resolve())],
         cwd=workspace.path,
         env=environment(),
@@ -124,12 +129,22 @@ def _start(workspace: Workspace) -> subprocess.Popen[str]:
         start_new_session=True,
         pass_fds=[workspace.lock.fileno()],
     )
+    Thread(target=_bury, args=[process], daemon=True).start()
+    return process
 
 
 def _end(process: subprocess.Popen[str]) -> None:
     for farewell, patience in FAREWELL:
         if process.poll() is not None:
-            return
+            break
         with suppress(subprocess.TimeoutExpired, ProcessLookupError):
             os.killpg(process.pid, farewell)
             process.wait(patience)
+    _bury(process)
+
+
+def _bury(process: subprocess.Popen[str]) -> None:
+    """Once the leader is dead, end whatever of its group outlives it: a stage would train on, and hold the pipe."""
+    process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -10,11 +10,11 @@ import sys
 
 __all__ = ["END", "main"]
 
-END = "\0"  # begins the line with DVC's exit code: a byte that no line of a stage begins with
+END = "\0end "  # begins the line with the order's own word and DVC's exit code: no stage can know the word
 
 
 def main() -> None:
-    """Read `stage TAB file` lines; bring each stage up to date as `dvc repro --single-item` does.
+    """Read `stage TAB file TAB word` lines; bring each stage up to date as `dvc repro --single-item` does.
 
     The file is where the stage leaves its exit code (`COLA_FAILURE`). What DVC imports is paid once a run, not once a
     stage. Stages get an empty input: the orders are not theirs.
@@ -25,9 +25,9 @@ def main() -> None:
         from dvc.cli import main as dvc
 
         while order := orders.readline():
-            stage, os.environ["COLA_FAILURE"] = order.rstrip("\n").split("\t")
+            stage, os.environ["COLA_FAILURE"], word = order.rstrip("\n").split("\t")
             code = dvc(["repro", "--single-item", stage])
-            print(f"\n{END}{code}", flush=True)
+            print(f"\n{END}{word} {code}", flush=True)
 
 
 if __name__ == "__main__":

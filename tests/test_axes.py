@@ -19,7 +19,7 @@ from cola_core.axes.schedules import SCHEDULES, learning_rate_factor
 from cola_core.axes.updates import UPDATES, build_optimizer
 from cola_core.config import recipe
 from cola_core.config.recipe import AllocateConfig, ScheduleConfig
-from cola_core.rows import OVERHEAD, Row, group_by_length, order
+from cola_core.rows import OVERHEAD, group_by_length, order
 from tests.lab import LINK
 
 UNIFORM = AllocateConfig(allocator="uniform", rank=8, r_min=4, r_max=32, features="sqrt")
@@ -125,7 +125,6 @@ def test_order_reads_every_row_once_per_epoch(rows: int, batch: int, steps: int,
 )
 def test_groups_cost_least_of_all_cuts(lengths: list[int], size: int, tokens: int | None, padded: bool) -> None:
     ranked = sorted(lengths)
-    rows = [Row("", [1] * (length - 1), [1], 0, "") for length in lengths]
 
     def cost(groups: list[list[int]]) -> int:
         return sum(computed(group) + OVERHEAD for group in groups)
@@ -147,11 +146,10 @@ def test_groups_cost_least_of_all_cuts(lengths: list[int], size: int, tokens: in
         for groups, most in zip(cuts, largest, strict=True)
         if max(map(len, groups)) <= size and (tokens is None or most <= tokens)
     ]
-    found = group_by_length(rows, size, tokens, padded)
+    found = group_by_length(lengths, size, tokens, padded)
     assert sorted(i for group in found for i in group) == list(range(len(lengths)))
     assert cost([[lengths[i] for i in group] for group in found]) == min(allowed)
 
 
 def test_a_row_longer_than_the_token_budget_is_a_group_of_its_own() -> None:
-    rows = [Row("", [1] * length, [1], 0, "") for length in (99, 9, 9)]
-    assert group_by_length(rows, 8, 50) == [[1, 2], [0]]
+    assert group_by_length([99, 9, 9], 8, 50) == [[1, 2], [0]]

@@ -58,7 +58,11 @@ def test_a_side_that_learns_something_else_is_noticed(where: Setting) -> None:
 
 
 def test_pefts_layers_and_the_floor_run_the_same_steps(where: Setting) -> None:
-    for row in (layers(where, 3), near_floor(where, "x", "all", 1.35, 3), near_floor(where, "x", "query_value", 1, 3)):
+    for row in (
+        layers(where, "rows", 3),
+        near_floor(where, "x", "all", 1.35, 3),
+        near_floor(where, "x", "query_value", 1, 3),
+    ):
         assert row.n == 3 and row.ratio_median is not None and row.ratio_median > 0
 
 

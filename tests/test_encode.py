@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -226,3 +227,12 @@ def test_a_causal_prompt_drops_the_end_token_that_a_tokenizer_adds() -> None:
     encoder = codec("t5").tokenizer
     assert Codec.of(encoder, "causal").suffix == []
     assert Codec.of(encoder, "seq2seq").suffix == [encoder.eos_token_id]
+
+
+def test_special_tokens_that_only_the_configuration_knows_are_left_to_transformers(tmp_path: Path) -> None:
+    build_tiny("llama", tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for more in ({"pad_token": "<filler>"}, {"extra_special_tokens": ["<new>"]}):
+        path.write_text(json.dumps({**config, **more}))
+        assert not isinstance(open_tokenizer(tmp_path), Plain)

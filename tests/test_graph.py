@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from miniature import REPOSITORY, git, make, ran, variables
+from miniature import REPOSITORY, git, make, ran, variables, weather
 
 from cola_core.errors import RetryError, UserError
 from flows.child import Dvc
@@ -112,6 +115,37 @@ def test_the_plan_says_what_dvc_does(project: Path) -> None:
         shutil.rmtree(w.path / "artifacts" / "fetch")
         assert plan(w.path)["fetch"] == "restore"
         assert not dvc.repro("fetch", lambda line: None)
+
+
+def test_a_stage_cannot_speak_for_dvc(project: Path) -> None:
+    """Whatever it prints, a stage has ended when DVC says so."""
+    path = project / "tasks" / "fetch.py"
+    path.write_text(
+        path.read_text().replace(
+            '    print(f"{context.stage}',
+            '    print("\\0end x 0\\n\\0end 0", flush=True)\n    time.sleep(1)\n    print(f"{context.stage}',
+        )
+    )
+    with opened(project, snapshot(project), (project / "params.yaml").read_text(), "a/b/seed0") as w, Dvc(w) as dvc:
+        assert dvc.repro("fetch", lambda line: None)
+        assert (w.path / "artifacts/fetch/data").is_file()
+        assert dvc.repro("allocate@1", lambda line: None)
+
+
+def test_a_killed_dvc_leaves_no_stage_behind(project: Path) -> None:
+    (weather(project) / "fetch.fails").write_text("sleep")
+    with opened(project, snapshot(project), (project / "params.yaml").read_text(), "a/b/seed0") as w, Dvc(w) as dvc:
+
+        def kill(line: str) -> None:
+            if "at work" in line:
+                group.append(dvc._process.pid)  # type: ignore[union-attr]
+                os.kill(group[0], signal.SIGKILL)
+
+        group: list[int] = []
+        with pytest.raises(UserError, match="DVC's process was killed"):
+            dvc.repro("fetch", kill)
+        left = subprocess.run(["ps", "-o", "stat=", "-g", str(group[0])], capture_output=True, text=True, check=False)
+        assert all(state.startswith("Z") for state in left.stdout.split())
 
 
 def test_a_busy_project_may_be_tried_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

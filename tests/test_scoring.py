@@ -13,6 +13,7 @@ from cola_core.links import open_chain
 from cola_core.models import adaptable
 from cola_core.packing import packs
 from cola_core.rows import Row
+from cola_core.scoring import Objective
 from cola_core.train import mean_loss
 from tests.lab import CANDIDATES, FAMILIES, FP64, KINDS, LINK, base_of, root_of, rows_of, task_of
 
@@ -114,3 +115,25 @@ def test_rows_are_not_packed_where_that_is_not_known_to_work(tmp_path: Path) -> 
     objective.model.config.model_type = "unknown"
     assert not packs(objective.model)
     assert not packs(open_chain(base_of("t5"), root_of("t5", tmp_path / "t5"), task_of("t5"), FP64).model)
+
+
+@pytest.mark.parametrize("loss", ["answer", "candidates"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_budget_holds_for_what_is_computed(family: str, loss: str, tmp_path: Path) -> None:
+    """Candidates count too, whether training compares them or evaluation scores them; padding counts where it is."""
+    objective = open_chain(base_of(family), root_of(family, tmp_path), task_of(family, loss), FP64)
+    rows = rows_of(family, 12)
+    for compare, batch_of in ((False, objective.training_batch), (True, objective.scoring_batch)):
+        groups = objective.groups(rows, 8, 60, compare=compare or loss == "candidates")
+        assert sorted(i for group in groups for i in group) == list(range(12))
+        for group in groups:
+            inputs = batch_of([rows[i] for i in group]).inputs
+            computed = inputs["input_ids"].numel() + inputs.get("decoder_input_ids", torch.empty(0)).numel()
+            assert computed <= 60 or len(group) == 1
+
+
+def test_an_attention_that_the_user_chose_stays(tmp_path: Path) -> None:
+    model = open_chain(base_of("llama"), root_of("llama", tmp_path), task_of("llama"), FP64).model
+    model.set_attn_implementation("eager")
+    assert not Objective(model, "causal", task_of("llama")).packed
+    assert model(input_ids=torch.tensor([[1, 2, 3]]), output_attentions=True).attentions

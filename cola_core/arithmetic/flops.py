@@ -119,8 +119,13 @@ def _products(group: Group) -> int:
 
 
 def _approximate(out: int, inner: int, sketch: int, share: float) -> float:
-    """Leading singular vectors of the sketch, half as many as rows were taken, times their coefficients."""
-    return 2 * out * inner * min(max(1, taken(out, share) // 2), sketch, out, inner)
+    """Leading singular vectors of the sketch, half as many as rows were taken, times what fits the taken rows.
+
+    That is their pseudo-inverse on these rows (a decomposition, not counted) times the rows.
+    """
+    rows = taken(out, share)
+    vectors = min(max(1, rows // 2), sketch, out, inner)
+    return 2 * vectors * (out + rows) * inner
 
 
 def _gap(out: int, inner: int, earlier: int) -> float:

@@ -46,7 +46,7 @@ class ProfileConfig(Strict):
     """Section `profile`.
 
     probe: none = no gradient is taken; one_batch = one exact pass; accumulate = fp32 buffers over micro-batches;
-        sampled = `row_share` of every gradient's rows over micro-batches, the importance an estimate.
+        sampled = `row_share` of every gradient's rows over micro-batches, importance, norm and gap estimates.
     importance: what a module's gradient G and weight W are reduced to (GoRA, section 3).
     sketch: rows of A_max kept for the initialiser, at least the largest rank (uniform: `allocate.rank`, gora: `r_max`).
     adaptive: accumulate only: stop once no module's importance moved by more than `tolerance` (after 3 batches).

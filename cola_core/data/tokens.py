@@ -47,6 +47,11 @@ class Plain:
         """The text of ids."""
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def knows(self, config: dict[str, Any]) -> bool:
+        """Whether every special token that the configuration names is in the vocabulary; transformers adds others."""
+        named = [name for name, token in config.items() if name.endswith("_token") and isinstance(token, str | dict)]
+        return not config.get("extra_special_tokens") and all(self._id(config, n) is not None for n in named)
+
     def _id(self, config: dict[str, Any], name: str) -> int | None:
         token = config.get(name)
         text = token["content"] if isinstance(token, dict) else token
@@ -63,7 +68,8 @@ def open_tokenizer(folder: Path) -> Any:
     config = read_json(path) if path.is_file() else {}
     if config.get("tokenizer_class") == PLAIN and (folder / "tokenizer.json").is_file():
         try:
-            return Plain(folder, config)
+            if (plain := Plain(folder, config)).knows(config):
+                return plain
         except Exception as error:  # the Rust library raises nothing more special
             raise UserError(f"{folder / 'tokenizer.json'}: not a tokenizer: {error}") from None
     from transformers import AutoTokenizer  # seconds: paid only where a tokenizer has a class of its own

@@ -49,8 +49,9 @@ def sample(rows: Sequence[Row], count: int | str, seed: int) -> list[Row]:
         return list(rows)
     generator = torch.Generator().manual_seed(derive(seed, "evaluate"))
     groups: dict[int, list[int]] = {}
+    labels = [row.label for row in rows]
     for index in torch.randperm(len(rows), generator=generator).tolist():
-        groups.setdefault(rows[index].label, []).append(index)
+        groups.setdefault(labels[index], []).append(index)
     # Interleaving the groups by the fraction of themselves already taken makes every prefix stratified.
     ranked = sorted(
         (
@@ -73,7 +74,7 @@ def answer(
     """Answer every row, in groups of similar length.
 
     Args:
-        size, tokens: rows, and tokens of prompt and answer with their padding, computed at once at most.
+        size, tokens: rows, and tokens with their padding, computed at once at most.
         decode: token ids -> text, for generated answers.
     """
     objective.eval()
@@ -81,7 +82,7 @@ def answer(
     found: list[tuple[str, float]] = [("", 0.0)] * len(rows)
     done = 0
     with torch.no_grad():
-        for indices in objective.groups(rows, size, tokens):
+        for indices in objective.groups(rows, size, tokens, compare=True):
             batch = [rows[i] for i in indices]
             for index, result in zip(indices, read(objective, batch), strict=True):
                 found[index] = result
