@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from benchmarks.pairs import alternate
 from benchmarks.peers import against_trainer, floor, peft_layers, peft_model
 from benchmarks.results import Row, compared
 from benchmarks.setting import Ours, Setting
+from cola_core.rows import Row as Example
+from cola_core.scoring import Objective
 
 __all__ = ["bf16", "full", "layers", "near_floor", "trainer"]
 
@@ -55,18 +58,24 @@ def near_floor(where: Setting, name: str, targets: str, goal: float, pairs: int)
     steps, names, losses = iter(ours.rows), list(ours.layers), list[float]()
 
     def least() -> None:
-        rows = next(steps)
-        for group in bare.groups(rows, config.micro_batch):
-            batch = bare.training_batch([rows[i] for i in group])
-            loss = bare(batch) / bare.units(batch)
-            loss.backward()
-            losses.append(float(loss.detach()))
+        losses.append(_there_and_back(bare, next(steps), config.micro_batch))
 
     with floor(bare, names):
         found = alternate(ours.step, least, pairs)
     ours.check(losses[:1])  # the bare model does not learn
     assert not any(p.grad is not None for p in bare.parameters()), "the floor computes no weight gradient"
     return compared(name, f"R8, the measured floor, adapters on {targets.replace('_', ' ')}", found, goal)
+
+
+def _there_and_back(objective: Objective, rows: Sequence[Example], size: int) -> float:
+    """Forward and backward of a step's rows in the groups that training would take; returns the mean loss."""
+    batches = [objective.training_batch([rows[i] for i in group]) for group in objective.groups(rows, size)]
+    units, total = sum(map(objective.units, batches)), 0.0
+    for batch in batches:
+        loss = objective(batch) / units
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 def full(where: Setting, task: str, pairs: int) -> Row:
@@ -79,12 +88,7 @@ def full(where: Setting, task: str, pairs: int) -> Row:
     steps, losses = iter(ours.rows), list[float]()
 
     def whole() -> None:
-        rows = next(steps)
-        for group in model.groups(rows, config.micro_batch):
-            batch = model.training_batch([rows[i] for i in group])
-            loss = model(batch) / model.units(batch)
-            loss.backward()
-            losses.append(float(loss.detach()))
+        losses.append(_there_and_back(model, next(steps), config.micro_batch))
         adam.step()
         adam.zero_grad()
 
