@@ -95,7 +95,7 @@ SETTINGS: dict[str, Callable[[Path], Setting]] = {
 
 
 def _steps(need: Any, _: Path, quick: bool) -> Iterator[Row]:
-    few = 2 if quick else 6
+    few = 2 if quick else 5
     yield steps.trainer(need("r8"), "step-choice-r8", "R8, 64 tokens, beside PEFT + Trainer", 0.5, few)
     yield steps.trainer(need("sst2"), "step-choice-sst2", "SST-2, beside PEFT + Trainer", 0.5, 3 * few)
     yield steps.layers(need("sst2"), "SST-2", 4 * few)
@@ -103,7 +103,7 @@ def _steps(need: Any, _: Path, quick: bool) -> Iterator[Row]:
     yield steps.trainer(need("encoder"), "step-encoder", "MiniLM, R8, beside PEFT + Trainer", 0.75, 3 * few)
     if quick:
         return
-    yield steps.trainer(need("r8-long"), "step-choice-r8-long", "R8, 256 tokens, beside PEFT + Trainer", 0.5, 4)
+    yield steps.trainer(need("r8-long"), "step-choice-r8-long", "R8, 256 tokens, beside PEFT + Trainer", 0.5, 3)
     yield steps.near_floor(need("r8"), "step-floor-qv", "query_value", 1.15, few)
     yield steps.trainer(need("generate"), "step-generate", "free text, beside PEFT + Trainer", 0.75, few)
     yield steps.full(need("sst2"), "SST-2", few)
@@ -112,16 +112,16 @@ def _steps(need: Any, _: Path, quick: bool) -> Iterator[Row]:
 def _precision(need: Any, folder: Path, quick: bool) -> Iterator[Row]:
     yield steps.bf16(need("sst2"), 1 if quick else 3)
     if not quick:
-        yield precision.quality(need("sst2"), folder / "quality", steps=6, rows=64)
+        yield precision.quality(need("sst2"), folder / "quality", steps=4, rows=48)
 
 
 def _probes(need: Any, _: Path, quick: bool) -> Iterator[Row | dict[str, Any]]:
-    yield from probes.probe_rows(need("sst2" if quick else "r8"), 1 if quick else 3)
+    yield from probes.probe_rows(need("sst2" if quick else "r8"), 1 if quick else 2)
     yield probes.sampled_curve(need("sst2"), quick)
 
 
 def _chains(need: Any, _: Path, quick: bool) -> Iterator[Row]:
-    yield from chains.chain_rows(need("sst2" if quick else "r8"), 6 if quick else 12)
+    yield from chains.chain_rows(need("sst2" if quick else "r8"), 6 if quick else 9)
 
 
 def _scoring(need: Any, _: Path, quick: bool) -> Iterator[Row]:

@@ -46,14 +46,13 @@ def _torch(repeats: int) -> Row:
 
 
 def _stages(project: Trial) -> dict[str, list[float]]:
-    """Wall seconds of `python -m tasks.<stage> [link]`, stage by stage in the graph's order, twice over."""
+    """Wall seconds of `python -m tasks.<stage> [link]`, stage by stage in the graph's order."""
     project.python("-m", "compileall", "-q", "cola_core", "tasks", "flows")
     project.python("-m", "tasks.fetch")  # what fills the asset cache is no part of the figure
     times: dict[str, list[float]] = {stage: [] for stage in ORDER}
-    for _ in range(2):
-        for stage in ORDER:
-            name, *key = stage.split()
-            times[stage].append(timed(partial(project.python, "-m", f"tasks.{name}", *key)))
+    for stage in ORDER:
+        name, *key = stage.split()
+        times[stage].append(timed(partial(project.python, "-m", f"tasks.{name}", *key)))
     return times
 
 
