@@ -45,23 +45,22 @@ def _torch(repeats: int) -> Row:
     return alone("torch-import", "`python -c 'import torch'`", values, None, note="goals assume 1.8 s")
 
 
-def _stages(project: Trial) -> dict[str, list[float]]:
+def _stages(project: Trial) -> dict[str, float]:
     """Wall seconds of `python -m tasks.<stage> [link]`, stage by stage in the graph's order."""
     project.python("-m", "compileall", "-q", "cola_core", "tasks", "flows")
     project.python("-m", "tasks.fetch")  # what fills the asset cache is no part of the figure
-    times: dict[str, list[float]] = {stage: [] for stage in ORDER}
+    times = {}
     for stage in ORDER:
         name, *key = stage.split()
-        times[stage].append(timed(partial(project.python, "-m", f"tasks.{name}", *key)))
+        times[stage] = timed(partial(project.python, "-m", f"tasks.{name}", *key))
     return times
 
 
-def _slowest(name: str, what: str, times: dict[str, list[float]], stages: Sequence[str], goal: float) -> Row:
+def _slowest(name: str, what: str, times: dict[str, float], stages: Sequence[str], goal: float) -> Row:
     """The slowest stage's figure; the note names all."""
-    medians = {stage: statistics.median(times[stage]) for stage in stages}
-    slowest = max(stages, key=medians.__getitem__)
-    note = f"the slowest, {slowest}; all: " + ", ".join(f"{stage} {medians[stage]:.2f}" for stage in stages)
-    return alone(name, what, times[slowest], goal, note=note)
+    slowest = max(stages, key=times.__getitem__)
+    note = f"the slowest, {slowest}; all: " + ", ".join(f"{stage} {times[stage]:.2f}" for stage in stages)
+    return alone(name, what, [times[slowest]], goal, note=note)
 
 
 def _idle(project: Trial, pairs: int) -> Pairs:
