@@ -12,7 +12,7 @@ import pytest
 from miniature import git, make, ran, variables
 
 from cola_core.errors import RetryError, UserError
-from flows.child import repro
+from flows.child import Dvc
 from flows.clean import WEEK, clean
 from flows.graph import plan
 from flows.locks import pool_size, slot, try_lock
@@ -102,7 +102,8 @@ def test_the_cache_is_shared_with_the_checkout_and_between_runs(project: Path) -
 def test_an_interrupted_run_goes_on_in_its_place(project: Path) -> None:
     params, tree = _params(project), snapshot(project)
     with opened(project, tree, params, TITLE) as workspace:
-        repro(workspace, "fetch", lambda line: None)
+        with Dvc(workspace) as dvc:
+            dvc.repro("fetch", lambda line: None)
         (workspace.path / "tasks" / "fetch.py").write_text("broken by hand")
         name = workspace.run
     with opened(project, tree, params, TITLE) as workspace:
@@ -131,9 +132,9 @@ def test_the_same_run_twice_at_once_is_refused_even_after_a_kill(project: Path) 
         pass
     (project.parent / "weather" / "fetch.fails").write_text("sleep")
     script = (
-        "import sys; from pathlib import Path; from flows.workspace import opened; from flows.child import repro\n"
+        "import sys; from pathlib import Path; from flows.workspace import opened; from flows.child import Dvc\n"
         f"with opened(Path('.'), {tree!r}, Path('params.yaml').read_text(), {TITLE!r}) as w:\n"
-        "    repro(w, 'fetch', lambda line: print(line, flush=True))\n"
+        "    Dvc(w).repro('fetch', lambda line: print(line, flush=True))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
