@@ -33,11 +33,14 @@ def table(results: Mapping[str, Any]) -> str:
 def put_into(page: Path, results: Path, figure: Path) -> None:
     """Replace what stands between the markers of `page`, and draw the curves beside it."""
     content = read_json(results)
-    _draw(content["curves"], figure)
+    picture = ""
+    if content["curves"]:
+        _draw(content["curves"], figure)
+        picture = f"\n\n![tokens per second, memory, the sampled probe]({figure.name})"
     text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     with new_file(page) as temporary:
-        between = f"{BEGIN}\n{table(content)}\n\n![curves]({figure.name})\n{END}"
+        between = f"{BEGIN}\n\n{table(content)}{picture}\n\n{END}"
         temporary.write_text(before + between + rest.split(END)[1], encoding="utf-8")
 
 
@@ -65,8 +68,8 @@ def _draw(curves: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 3), constrained_layout=True)
-    for axis, curve in zip(axes, curves, strict=True):
+    figure, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 3), constrained_layout=True, squeeze=False)
+    for axis, curve in zip(axes[0], curves, strict=True):
         _one(axis, curve)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
