@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,16 +35,12 @@ def main(
     """Measure this project beside its peers."""
     quiet()
     torch.set_num_threads(threads)
-    about, rows, lines = machine(threads), list[Row](), list[dict[str, Any]]()
+    started, about, rows, lines = time.monotonic(), machine(threads), list[Row](), list[dict[str, Any]]()
     folder = Path(tempfile.mkdtemp()) if quick or only else RESULTS
     with tempfile.TemporaryDirectory() as scratch:
         for found in _suite(Path(scratch), quick, only):
-            if isinstance(found, Row):
-                rows.append(found)
-                console.print(_shown(found), highlight=False)
-            else:
-                lines.append(found)
-                console.print(found["what"], found["points"], highlight=False)
+            console.print(f"{time.monotonic() - started:4.0f} s  {_shown(found)}", highlight=False)
+            (rows if isinstance(found, Row) else lines).append(found)  # type: ignore[arg-type]
             path = write_results(folder, about, rows, lines)
     console.print(path)
     if folder == RESULTS:
@@ -150,7 +147,9 @@ PARTS: dict[str, Callable[[Any, Path, bool], Iterator[Row | dict[str, Any]]]] = 
 }
 
 
-def _shown(row: Row) -> str:
+def _shown(row: Row | dict[str, Any]) -> str:
+    if not isinstance(row, Row):
+        return f"{row['what']}: {row['points']}"
     ratio = f"ratio {row.ratio_median:.3g} ({row.ratio_low:.3g} .. {row.ratio_high:.3g})" if row.ratio_median else ""
     goal = "" if row.goal is None else f"  goal {row.goal:g} {'met' if row.met else 'NOT met'}"
     return f"{row.id}: {row.ours:.3g} {row.unit} {ratio}{goal}  {row.note}"

@@ -12,7 +12,7 @@ from peft import LoraConfig, LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import left_bytes, peak_bytes
 from benchmarks.pairs import Pairs, alternate
 from benchmarks.results import Row, compared
 from benchmarks.setting import Setting
@@ -43,16 +43,16 @@ class Probes:
 
     def plain(self, keep: bool = False) -> None:
         """One forward and backward with the same weight gradients, freed unless kept."""
-        self._ask(True)
+        self.ask(True)
         self.objective(self.batch).backward()
         if not keep:
-            self._ask(False)
+            self.ask(False)
 
     def forward(self) -> Tensor:
         """The model's activations as the backward needs them."""
-        self._ask(True)
+        self.ask(True)
         loss: Tensor = self.objective(self.batch)
-        self._ask(False)
+        self.ask(False)
         return loss
 
     def whole(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Probes:
             a = draw_a(0, 1, name, 8, weight_shape(self.modules[name])[1]).float()
             b = -mean @ a.T @ torch.linalg.inv(a @ a.T)
             found[name] = (float((weight.detach() * mean).abs().mean()), a, b)
-        self._ask(False)
+        self.ask(False)
         return found
 
     def lora_ga(self) -> None:
@@ -76,7 +76,7 @@ class Probes:
         for module in self.modules.values():
             del module._peft_loraga_grad
         self.objective.eval()
-        self._ask(False)
+        self.ask(False)
 
     def sampled_bytes(self, share: float) -> int:
         """Peak above the activations, of all rows at once as for the others."""
@@ -89,7 +89,8 @@ class Probes:
         config = AllocateConfig(**self.where.params.allocate)
         return allocate(shapes, {name: m["importance"] for name, m in found.modules.items()}, config).ranks
 
-    def _ask(self, on: bool) -> None:
+    def ask(self, on: bool) -> None:
+        """Want gradients of the weights, or no longer, and then drop those that are there."""
         for weight in self.weights.values():
             weight.requires_grad_(on)
             weight.grad = None if not on else weight.grad
@@ -104,7 +105,7 @@ def probe_rows(where: Setting, pairs: int) -> Iterator[Row]:
     for name, (importance, _, _) in whole.items():
         assert abs(exact.modules[name]["importance"] - importance) <= 1e-3 * importance, name
     activations = peak_bytes(probes.forward)
-    extra, held = (peak_bytes(work) - activations for work in (probes.ours, functools.partial(probes.whole)))
+    extra = peak_bytes(probes.ours) - activations
     note = (
         f"above model and {activations / 2**20:.0f} MiB of activations, in bytes of all target weights; A from its seed"
     )
@@ -112,8 +113,10 @@ def probe_rows(where: Setting, pairs: int) -> Iterator[Row]:
         "probe-memory", "one_batch probe, all linears: peak memory / target weights",
         Pairs([extra], [probes.bytes]), 0.15, unit="B", note=note,
     )  # fmt: skip
-    what = "one_batch probe beside all mean gradients kept (GoRA's authors): peak memory"
-    yield compared("probe-memory-whole", what, Pairs([extra], [held]), None, unit="B")
+    what = "one_batch probe beside all mean gradients kept (GoRA's authors): what is left when the pass ends"
+    left = Pairs([left_bytes(probes.ours)], [left_bytes(lambda: probes.plain(keep=True))])
+    yield compared("probe-memory-whole", what, left, None, unit="B")
+    probes.ask(False)
     yield _same_ranks(probes, exact)
     for name, what, peer, goal in _timings(probes):
         yield compared(name, what, alternate(probes.ours, peer, pairs), goal)

@@ -66,6 +66,10 @@ class Trial:
         self.python("-m", "flows.cli", "run")
         return [read_json(path)["stage"] for path in set(records.glob("*.json")) - before]
 
+    def sync(self) -> None:
+        """`cola sync`."""
+        self.python("-m", "tasks.sync")
+
     def set(self, dotted: str, value: object) -> None:
         """Change one parameter by hand, as a user does between two runs."""
         path = self.root / "params.yaml"

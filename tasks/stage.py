@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import os
 import signal
@@ -32,6 +34,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+IMPORTED = 50_000  # new objects between two collections: torch's and transformers' stay, 700 at a time costs a second
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -148,6 +151,8 @@ def run(stage: Callable[[Context], Done]) -> None:
     """Run one stage as `python -m tasks.<stage> [link]` and exit: 0, 2 for a user's mistake, 75 to try again later."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    gc.set_threshold(IMPORTED)
+    atexit.register(gc.freeze)  # nor need Python look through all of it before it goes: a second more
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     name = Path(sys.argv[0]).stem
     try:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import left_bytes, peak_bytes
 from benchmarks.pairs import Pairs, alternate
 from benchmarks.peers import against_trainer, floor, peft_model
 from benchmarks.probes import Probes
@@ -101,15 +101,17 @@ def test_scoring_chooses_as_one_forward_per_candidate_does(where: Setting) -> No
     assert scoring(where, "x", 1.0, rows=8, pairs=1).unit == "rows/s"
 
 
-def test_peak_bytes_counts_what_is_held_at_once() -> None:
-    def work() -> None:
+def test_bytes_are_those_held_at_once_and_those_left() -> None:
+    def work() -> torch.Tensor:
         first = torch.ones(1000)
         second = first + 1  # both are held
         del first
         torch.ones(500)
         del second
+        return torch.ones(250)
 
     assert peak_bytes(work) == pytest.approx(8000, abs=200)
+    assert left_bytes(work) == pytest.approx(1000, abs=200)
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 9), st.floats(0.1, 9)), min_size=1, max_size=9))
