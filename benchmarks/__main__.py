@@ -100,7 +100,7 @@ def _steps(need: Any, _: Path, quick: bool) -> Iterator[Row]:
     yield steps.trainer(need("encoder"), "step-encoder", "MiniLM, R8, beside PEFT + Trainer", 0.75, 3 * few)
     if quick:
         return
-    yield steps.trainer(need("r8-long"), "step-choice-r8-long", "R8, 256 tokens, beside PEFT + Trainer", 0.5, 3)
+    yield steps.trainer(need("r8-long"), "step-choice-r8-long", "R8, 256 tokens, beside PEFT + Trainer", 0.5, 2)
     yield steps.near_floor(need("r8"), "step-floor-qv", "query_value", 1.15, few)
     yield steps.trainer(need("generate"), "step-generate", "free text, beside PEFT + Trainer", 0.75, few)
     yield steps.full(need("sst2"), "SST-2", few)
@@ -109,7 +109,7 @@ def _steps(need: Any, _: Path, quick: bool) -> Iterator[Row]:
 def _precision(need: Any, folder: Path, quick: bool) -> Iterator[Row]:
     yield steps.bf16(need("sst2"), 1 if quick else 3)
     if not quick:
-        yield precision.quality(need("sst2"), folder / "quality", steps=4, rows=48)
+        yield precision.quality(need("sst2"), folder / "quality", steps=3, rows=32)
 
 
 def _probes(need: Any, _: Path, quick: bool) -> Iterator[Row | dict[str, Any]]:
@@ -118,11 +118,11 @@ def _probes(need: Any, _: Path, quick: bool) -> Iterator[Row | dict[str, Any]]:
 
 
 def _chains(need: Any, _: Path, quick: bool) -> Iterator[Row]:
-    yield from chains.chain_rows(need("sst2" if quick else "r8"), 6 if quick else 9)
+    yield from chains.chain_rows(need("sst2" if quick else "r8"), 6)
 
 
 def _scoring(need: Any, _: Path, quick: bool) -> Iterator[Row]:
-    yield scoring.scoring(need("r8"), "scoring-8", 3.0, 8 if quick else 24, 1 if quick else 3)
+    yield scoring.scoring(need("r8"), "scoring-8", 3.0, 8 if quick else 16, 1 if quick else 3)
     yield scoring.scoring(need("sst2"), "scoring-2", 1.6, 32, 1 if quick else 3)
 
 

@@ -120,7 +120,7 @@ def _probing(rows: int, accumulate: bool, setting: Setting) -> float:
 
 
 def _sampled(setting: Setting) -> float:
-    held = sampled_bytes(setting.shape, rows_of(1), setting.shape.modules, BF16, False, SKETCH, SHARE)
+    held = sampled_bytes(setting.shape, rows_of(1), setting.shape.modules, BF16, SKETCH, SHARE)
     return held - SHARE * _elsewhere(setting)
 
 

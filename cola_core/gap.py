@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cola_core.adapters import Pair
 
-__all__ = ["frank_wolfe_gap"]
+__all__ = ["decomposable", "frank_wolfe_gap"]
 
 BLOCK, ROUNDS = 8, 100
 PRECISION = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -38,12 +38,18 @@ def frank_wolfe_gap(gradient: Tensor, pairs: Sequence[Pair], radius: float) -> d
     }
 
 
+def decomposable(matrix: Tensor) -> Tensor:
+    """The matrix where torch can decompose it: Apple's GPUs lack singular values, and share their memory."""
+    return matrix.cpu() if matrix.device.type == "mps" else matrix
+
+
 def _spectral_norm(matrix: Tensor) -> float:
     """Largest singular value, by subspace iteration until it moves by less than PRECISION of itself.
 
     Ten to twenty times faster than the eigenvalues of the smaller Gram matrix: gradients have few large singular
     values, so that a block of BLOCK vectors from a fixed start settles in two or three rounds.
     """
+    matrix = decomposable(matrix)
     start = torch.randn(matrix.shape[1], min(BLOCK, *matrix.shape), generator=torch.Generator().manual_seed(0))
     right, found = start.to(matrix), 0.0
     for _ in range(ROUNDS):

@@ -72,7 +72,7 @@ def _features(objective: Objective, last: nn.Linear, rows: Sequence[Row]) -> tup
     """What the last linear map is given: n x features, float64, with the labels, in row order."""
     caught: list[Tensor] = []
     handle = last.register_forward_pre_hook(lambda _, args: caught.append(args[0].cpu().double()))
-    order = objective.groups(rows, BATCH, compare=True)
+    order = objective.groups(rows, BATCH)
     try:
         with torch.no_grad():
             for indices in order:

@@ -18,23 +18,20 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cola_core.batches import Batch, Branched, Continuations, Spots, branch_mask
-from cola_core.rows import Row, Task
+from cola_core.rows import PACKABLE, Row, Task
 
-__all__ = ["PACKED", "first_tokens", "packed_inputs", "packs"]
+__all__ = ["PACKED", "first_tokens", "packed_inputs", "use_packing"]
 
 _sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
 
-# Families whose attention and positions are known to take packed rows; T5's relative positions are counted over the
-# whole row. Elsewhere than on a CPU many small attention calls would cost more than padding.
-FAMILIES = {"llama", "opt", "gpt2", "bert"}
 
-
-def packs(model: PreTrainedModel) -> bool:
+def use_packing(model: PreTrainedModel) -> bool:
     """Make `model` ready for packed rows where that is known to work; other inputs are computed as before.
 
-    An attention that the caller chose instead of transformers' default stays.
+    An attention that the caller chose instead of transformers' default stays. Elsewhere than on a CPU many small
+    attention calls would cost more than padding.
     """
-    known = model.config.model_type in FAMILIES and model.config._attn_implementation in ("sdpa", "by_rows")
+    known = model.config.model_type in PACKABLE and model.config._attn_implementation in ("sdpa", "by_rows")
     if not known or model.device.type != "cpu":
         return False
     model.set_attn_implementation("by_rows")

@@ -145,6 +145,7 @@ def _micro_batches(
             loss.backward()
         total, units, tokens = total + float(loss.detach()), units + objective.units(batch), tokens + batch.tokens
         seen += len(batch.labels)
+        del loss  # and with it what its graph's hooks hold
         yield total, units, seen, tokens
 
 

@@ -14,7 +14,7 @@ from cola_core.adapters import Pair
 from cola_core.axes.initialisers import draw_a
 from cola_core.config.recipe import ProfileConfig
 from cola_core.errors import UserError
-from cola_core.gap import frank_wolfe_gap
+from cola_core.gap import decomposable, frank_wolfe_gap
 
 __all__ = ["IMPORTANCE", "Modules", "Reducer", "as_matrix"]
 
@@ -23,8 +23,8 @@ Modules = Mapping[str, nn.Module]
 # GoRA, section 3 and its ablation of the metric; W and G are out x in, G is averaged before the absolute value.
 IMPORTANCE: dict[str, Callable[[Tensor, Tensor], float]] = {
     "mean_abs_wg": lambda w, g: float((w * g).abs_().mean()),
-    "nuclear_wg": lambda w, g: float(torch.linalg.svdvals(w * g).sum()),
-    "nuclear_g": lambda w, g: float(torch.linalg.svdvals(g).sum()),
+    "nuclear_wg": lambda w, g: float(torch.linalg.svdvals(decomposable(w * g)).sum()),
+    "nuclear_g": lambda w, g: float(torch.linalg.svdvals(decomposable(g)).sum()),
 }
 
 
@@ -53,7 +53,7 @@ class Reducer:
         """
         gradient = wide(gradient)
         norm = self.finite(name, float(gradient.norm()))
-        self.keep(name, gradient @ self.a_max(name).to(gradient).T, self.importance(name, gradient), norm, gradient)
+        self.keep(name, gradient @ self.a_max(name).T, self.importance(name, gradient), norm, gradient)
 
     def keep(self, name: str, sketch: Tensor, importance: float, norm: float, gradient: Tensor) -> None:
         """Note what was found for one module; the gap is taken of `gradient`, G itself or what stands for it."""
@@ -71,9 +71,10 @@ class Reducer:
         return as_matrix(module, module.weight.detach())  # type: ignore[union-attr, operator]
 
     def a_max(self, name: str) -> Tensor:
-        """A_max, rows x in, drawn anew from its seed: the initialiser draws the same."""
-        out, columns = self.weight(name).shape
-        return draw_a(*self.stream, name, min(self.config.sketch, out, columns), columns)
+        """A_max, rows x in, drawn anew from its seed as the initialiser draws it; beside W, and as wide as G."""
+        weight = self.weight(name)
+        drawn = draw_a(*self.stream, name, min(self.config.sketch, *weight.shape), weight.shape[1])
+        return drawn.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
     def finite(self, name: str, norm: float) -> float:
         """The norm of a gradient, if it is one."""

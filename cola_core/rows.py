@@ -9,14 +9,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
-import torch
-
 from cola_core.errors import UserError
 from cola_core.files import read_json
 from cola_core.seeds import derive
 
-__all__ = ["Row", "Task", "group_by_length", "order", "read_rows"]
+__all__ = ["PACKABLE", "Row", "Task", "group_by_length", "order", "read_rows"]
 
+# Families whose attention and positions are known to take rows laid end to end; T5's relative positions are counted
+# over the whole row.
+PACKABLE = {"llama", "opt", "gpt2", "bert"}
 OVERHEAD = 64  # what one more forward and backward costs, in tokens of padding; measured on two cores, a 135 M model
 
 
@@ -109,6 +110,8 @@ def order(rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
     Returns:
         `steps` lists of `batch` row indices.
     """
+    import torch  # here alone: whoever only reads rows is spared seconds
+
     generator = torch.Generator().manual_seed(derive(seed, "order"))
     stream: list[int] = []
     while len(stream) < steps * batch:
@@ -134,15 +137,20 @@ def group_by_length(
         indices into `lengths`, shortest rows first.
     """
     ranked = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    total = [0, *accumulate(lengths[i] for i in ranked)]
+    total, limit = [0, *accumulate(lengths[i] for i in ranked)], tokens or math.inf
 
     def computed(start: int, end: int) -> int:
         return (end - start) * lengths[ranked[end - 1]] if padded else total[end] - total[start]
 
     best: list[tuple[int, int]] = [(0, 0)]  # (cost, where the last group starts) of the first `end` rows
     for end in range(1, len(ranked) + 1):
-        starts = [s for s in range(max(0, end - size), end) if s == end - 1 or computed(s, end) <= (tokens or math.inf)]
-        best.append(min((best[start][0] + computed(start, end) + OVERHEAD, start) for start in starts))
+        options: list[tuple[int, int]] = []
+        for start in range(end - 1, max(0, end - size) - 1, -1):
+            cost = computed(start, end)
+            if cost > limit and options:
+                break  # a longer group computes no less
+            options.append((best[start][0] + cost + OVERHEAD, start))
+        best.append(min(options))
     groups, end = [], len(ranked)
     while end:
         start = best[end][1]

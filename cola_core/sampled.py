@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from cola_core.gap import decomposable
 from cola_core.reduction import Modules, Reducer, wide
 from cola_core.seeds import derive
 
@@ -42,7 +43,7 @@ class SampledGradient:
         if self.rows is None:
             self._choose(dy.square().sum(0))
         self.part = self.part + dy[:, self.rows].T @ x
-        self.sketch = self.sketch + dy.T @ (x @ self.a_max.to(x).T)
+        self.sketch = self.sketch + dy.T @ (x @ self.a_max.T)
 
     def finish(self, units: int) -> None:
         """Hand the means over `units` to the reducer.
@@ -51,7 +52,7 @@ class SampledGradient:
         in the span of S's leading singular vectors that fits the taken rows and is no larger than that estimate.
         """
         assert isinstance(self.part, Tensor) and isinstance(self.sketch, Tensor) and self.rows is not None
-        part, sketch = self.part / units, self.sketch / units
+        part, sketch = decomposable(self.part / units), decomposable(self.sketch / units)
         columns = part.shape[1]
         norm = float(sketch.norm()) * math.sqrt(3 * columns / sketch.shape[1])
         self.reduce.finite(self.name, norm)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from cola_core.batches import COLLATE, LENGTH, Batch
-from cola_core.packing import PACKED, first_tokens, packed_inputs, packs
+from cola_core.packing import PACKED, first_tokens, packed_inputs, use_packing
 from cola_core.rows import Row, Task, group_by_length
 
 __all__ = ["Objective"]
@@ -29,7 +29,7 @@ class Objective(nn.Module):
     def __init__(self, model: PreTrainedModel, kind: str, task: Task) -> None:
         super().__init__()
         self.model, self.kind, self.task = model, kind, task
-        self.packed = packs(model)
+        self.packed = use_packing(model)
 
     def training_batch(self, rows: Sequence[Row]) -> Batch:
         """What the loss reads: the right answer of every row, or all candidates where they are compared."""
@@ -71,16 +71,19 @@ class Objective(nn.Module):
         return collate(rows, continuations, self.task).to(self.model.device)
 
     def groups(
-        self, rows: Sequence[Row], size: int, tokens: int | None = None, compare: bool | None = None
+        self, rows: Sequence[Row], size: int, tokens: int | None = None, answered: bool = False
     ) -> list[list[int]]:
         """Which rows to compute together; see `group_by_length`.
 
         Args:
-            compare: every candidate is computed, as in `scoring_batch`; by default what `training_batch` computes.
+            answered: the rows are to be answered, by comparing all candidates or by generating (beside prompts that are
+                padded to the longest); by default what `training_batch` computes.
         """
-        every = self.task.loss == "candidates" if compare is None else compare and bool(self.task.candidates)
+        if answered and self.task.kind == "generate":
+            return group_by_length([len(row.prompt) + self.task.max_new_tokens for row in rows], size, tokens)
+        every = self.task.loss == "candidates" or (answered and bool(self.task.candidates))
         continuations = [self._continuations(row, every) for row in rows]
-        longest = max((len(tokens) for conts in continuations for tokens in conts), default=0)
+        longest = max((len(part) for parts in continuations for part in parts), default=0)
         lengths = [LENGTH[self.kind](*both, longest) for both in zip(rows, continuations, strict=True)]
         return group_by_length(lengths, size, tokens, padded=not self.packed)
 

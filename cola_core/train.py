@@ -75,7 +75,7 @@ class Training:
         """Train to the end.
 
         Raises:
-            UserError: the loss or a gradient stopped being finite; says at which step and what to try.
+            UserError: a loss or a gradient stopped being finite; says at which step and what to try.
         """
         config, progress = self.course.config, self.progress
         for step in range(progress.step, config.steps):
@@ -85,6 +85,8 @@ class Training:
             progress.step, progress.tokens = step + 1, progress.tokens + event["tokens"]
             if progress.step % config.validate_every == 0 or progress.step == config.steps:
                 event["validation"] = mean_loss(self.objective, self.validation, config)
+                if not math.isfinite(event["validation"]):
+                    raise _not_finite("the validation loss", self.course, step)
                 _keep_best(progress, event["validation"], self.named)
             progress.losses.append(event)
             yield event
@@ -165,7 +167,6 @@ def trained_parameters(model: PreTrainedModel, layers: Mapping[str, LoRA]) -> It
 
 
 def _keep_best(progress: Progress, validation: float, named: Mapping[str, Parameter]) -> None:
-    """NaN never becomes best: the comparison is false."""
     if progress.best_loss is None or validation < progress.best_loss:
         progress.best_loss, progress.best_step, progress.waiting = validation, progress.step, 0
         progress.best = {name: parameter.detach().clone() for name, parameter in named.items()}
@@ -180,11 +181,15 @@ def _restore(named: Mapping[str, Parameter], best: Mapping[str, Tensor]) -> None
 
 
 def _check_finite(loss: float, named: Mapping[str, Parameter], course: Course, step: int) -> None:
-    bad = [n for n, p in named.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-    if math.isfinite(loss) and not bad:
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    if math.isfinite(loss) and math.isfinite(torch.nn.utils.get_total_norm(gradients.values())):
         return
-    where = f"the gradient of {bad[0]}" if bad else "the loss"
-    raise UserError(
-        f"link {course.link}, step {step + 1}: {where} is not finite at link.learning_rate "
+    bad = [name for name, gradient in gradients.items() if not math.isfinite(gradient.norm())]
+    raise _not_finite(f"the gradient of {bad[0]}" if bad else "the loss or its gradient", course, step)
+
+
+def _not_finite(what: str, course: Course, step: int) -> UserError:
+    return UserError(
+        f"link {course.link}, step {step + 1}: {what} is not finite at link.learning_rate "
         f"{course.config.learning_rate:g}; try a tenth of it, link.clip=1.0 or machine.dtype=fp32"
     )

@@ -45,6 +45,7 @@ class Dvc:
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
         self._process: subprocess.Popen[str] | None = None
+        self._burial = Thread()
 
     def __enter__(self) -> Dvc:
         return self
@@ -92,8 +93,9 @@ class Dvc:
         if process is None:
             return
         with suppress(OSError):
-            process.stdin.close()  # type: ignore[union-attr]  # idle, it ends by itself
+            process.stdin.close()  # type: ignore[union-attr]
         _end(process)
+        self._burial.join()
         process.stdout.close()  # type: ignore[union-attr]
 
     def _lines(self, order: str) -> Iterator[str]:
@@ -101,9 +103,12 @@ class Dvc:
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = _start(self._workspace)
+            self._burial = Thread(target=_bury, args=[self._process], daemon=True)
+            self._burial.start()
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(order)
-        self._process.stdin.flush()
+        with suppress(OSError):  # it has just died: no verdict comes, and that is told
+            self._process.stdin.write(order)
+            self._process.stdin.flush()
         for line in self._process.stdout:
             yield line.rstrip()
 
@@ -117,7 +122,7 @@ def _raise(note: Path, stage: str, last: str) -> None:
 
 def _start(workspace: Workspace) -> subprocess.Popen[str]:
     """A child in a process group of its own, which also holds the workspace's lock for as long as it lives."""
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-P", str(Path(worker.__file__).resolve())],
         cwd=workspace.path,
         env=environment(),
@@ -129,8 +134,6 @@ def _start(workspace: Workspace) -> subprocess.Popen[str]:
         start_new_session=True,
         pass_fds=[workspace.lock.fileno()],
     )
-    Thread(target=_bury, args=[process], daemon=True).start()
-    return process
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -140,7 +143,6 @@ def _end(process: subprocess.Popen[str]) -> None:
         with suppress(subprocess.TimeoutExpired, ProcessLookupError):
             os.killpg(process.pid, farewell)
             process.wait(patience)
-    _bury(process)
 
 
 def _bury(process: subprocess.Popen[str]) -> None:

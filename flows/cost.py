@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from cola_core.arithmetic.flops import forward, knot, lora_step, probe, sampled_probe
 from cola_core.arithmetic.memory import ADAM, activations, knot_bytes, logits_bytes, probe_bytes, sampled_bytes
 from cola_core.arithmetic.shape import Work
-from cola_core.config.params import Params
-from cola_core.config.recipe import AllocateConfig, LinkConfig, ProfileConfig
+from cola_core.config.params import Params, knot_of
+from cola_core.config.recipe import ProfileConfig
+from cola_core.rows import PACKABLE
 from cola_core.targets import select_targets
 from flows.sizes import Sizes
 
-__all__ = ["PACKED", "Cost", "cost", "reference_ranks"]
+__all__ = ["Cost", "cost", "reference_ranks"]
 
-PACKED = {"llama", "opt", "gpt2", "bert"}  # as `cola_core.packing` has them, which asks for torch
 WIDTH = {"fp32": 4, "bf16": 2, "fp64": 8}  # bytes of a weight in use
 MASTER = {"fp32": 4, "bf16": 4, "fp64": 8}  # and while links are merged into it
 
@@ -42,14 +42,13 @@ def cost(task: str, key: str | None, params: Params, size: Sizes) -> Cost | None
 
 def reference_ranks(key: str, params: Params, size: Sizes) -> dict[str, int]:
     """The reference rank of a link's every target."""
-    rank = AllocateConfig(**{**params.allocate, **params.chain[key].allocate}).rank
-    modules = size.shape.modules
+    rank, modules = knot_of(params, key).allocate.rank, size.shape.modules
     return {name: min(rank, *modules[name]) for name in select_targets(modules, params.targets)}
 
 
 def _profile(key: str, params: Params, size: Sizes) -> Cost:
     """One pass over the probe rows with weight gradients, in one batch or in several."""
-    config = ProfileConfig(**{**params.profile, **params.chain[key].profile})
+    config = knot_of(params, key).profile
     if config.probe == "none":
         return Cost(0, 0, 0)
     if "probe" not in size.splits:
@@ -69,22 +68,24 @@ def _profile(key: str, params: Params, size: Sizes) -> Cost:
 def _probing(config: ProfileConfig, params: Params, size: Sizes, batch: Work) -> float:
     """Bytes beside weights, where `batch` is computed at once."""
     targets, width = select_targets(size.shape.modules, params.targets), WIDTH[params.machine.dtype]
-    checkpointing = config.activation_checkpointing
     if config.probe == "sampled":
-        return sampled_bytes(size.shape, batch, targets, width, checkpointing, config.sketch, config.row_share)
-    return probe_bytes(size.shape, batch, targets, width, checkpointing, config.probe == "accumulate")
+        return sampled_bytes(size.shape, batch, targets, width, config.sketch, config.row_share)
+    accumulated, checkpointing = config.probe == "accumulate", config.activation_checkpointing
+    return probe_bytes(size.shape, batch, targets, width, checkpointing, accumulated)
 
 
 def _link(key: str, params: Params, size: Sizes) -> Cost:
     """Training steps, a forward over the validation rows at every validation, and the knot."""
-    config = LinkConfig(**{**params.link, **params.chain[key].link})
+    config = knot_of(params, key).link
     ranks, shape = reference_ranks(key, params, size), size.shape
     trainable = sum(rank * sum(shape.modules[name]) for name, rank in ranks.items())
     if "train" not in size.splits:
         return Cost(trainable, None, _memory(params, size, ADAM * trainable))
     checkpointing = config.activation_checkpointing
-    rows = _limit(min(config.batch, config.micro_batch), config.micro_tokens, size.splits["train"].longest)
-    batch = _work(params, size, "train", rows, longest=True)
+    longest = _work(params, size, "train", 1, longest=True).tokens
+    batch = _work(
+        params, size, "train", _limit(min(config.batch, config.micro_batch), config.micro_tokens, longest), longest=True
+    )
     kept = activations(shape, batch, ranks, WIDTH[params.machine.dtype], checkpointing=checkpointing)
     steps = config.steps * lora_step(shape, _work(params, size, "train", config.batch), ranks, checkpointing)
     checked = forward(shape, _work(params, size, "validation", size.splits["validation"].rows), ranks)
@@ -95,7 +96,8 @@ def _link(key: str, params: Params, size: Sizes) -> Cost:
 def _merge(_: str, params: Params, size: Sizes) -> Cost:
     """Every knot of the chain."""
     knots = sum(knot(size.shape, reference_ranks(key, params, size)) for key in params.chain)
-    return Cost(0, knots, knot_bytes(size.shape, size.weights))
+    wider = MASTER[params.machine.dtype] / MASTER["fp32"]
+    return Cost(0, knots, wider * knot_bytes(size.shape, size.weights))
 
 
 def _evaluate(_: str, params: Params, size: Sizes) -> Cost:
@@ -140,7 +142,7 @@ def _work(params: Params, size: Sizes, split: str, rows: int, longest: bool = Fa
     answer = found.answer / found.rows
     prompt = found.longest - answer if longest else found.prompt / found.rows
     work = Work.of(size.kind, rows, prompt, size.candidates if compared else [answer])
-    return replace(work, packed=size.family in PACKED and params.machine.device == "cpu")
+    return replace(work, packed=size.family in PACKABLE and params.machine.device == "cpu")
 
 
 def _limit(rows: int, tokens: int | None, length: float) -> int:

@@ -23,7 +23,7 @@ from flows.graph import Stage, outline
 from flows.locks import pool_size, slot
 from flows.snapshot import checkout, snapshot, unpacked
 from flows.workspace import Workspace, opened, runs
-from tasks.store import unsynced
+from tasks.pending import unsynced
 
 __all__ = ["cola_pipeline"]
 

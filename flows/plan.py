@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cola_core.arithmetic.flops import lora_step
 from cola_core.config.base import read_yaml
-from cola_core.config.params import Params, check_params
+from cola_core.config.params import Params, check_params, knot_of
 from flows.child import quiet
 from flows.cost import Cost, cost, reference_ranks
 from flows.graph import Fate, plan, stages
@@ -61,7 +61,10 @@ def make_plan(root: Path, timed: bool = True) -> Plan:
     ready = size is not None and "train" in size.splits
     quiet()
     busy = os.getloadavg()[0]
-    timings = list(measure(root, params, alternatives(params.machine))) if timed and ready else []
+    timings: list[Timing] = []
+    if size is not None and ready and timed:
+        ranks = reference_ranks("1", params, size)
+        timings = list(measure(root, knot_of(params, "1").link, ranks, alternatives(params.machine)))
     speed = _speed(params, size, timings[0]) if size and timings else None
     fates = plan(root)
     lines = [

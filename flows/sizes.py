@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from cola_core.arithmetic.shape import Shape
-from cola_core.files import read_json
+from safetensors import SafetensorError, safe_open
 
-__all__ = ["Sizes", "Split", "sizes"]
+from cola_core.arithmetic.shape import Shape
+from cola_core.errors import UserError
+from cola_core.files import read_json
+from cola_core.rows import Task, read_rows
+
+__all__ = ["Lengths", "Sizes", "sizes"]
 
 
 @dataclass(frozen=True)
-class Split:
+class Lengths:
     """Rows of a prepared split, tokens of their prompts and of their answers, and the longest row's of both."""
 
     rows: int
@@ -36,13 +38,17 @@ class Sizes:
     kind: str
     family: str
     weights: int
-    splits: dict[str, Split]
+    splits: dict[str, Lengths]
     candidates: list[int]
     generated: int
 
 
 def sizes(root: Path) -> Sizes | None:
-    """Read the sizes below `root`; None before `fetch`."""
+    """Read the sizes below `root`; None before `fetch`.
+
+    Raises:
+        UserError: a file of the base or of the prepared rows is broken.
+    """
     model, prepared = root / "artifacts/fetch/model", root / "artifacts/prepare"
     if not (model / "cola.json").is_file():
         return None
@@ -50,11 +56,11 @@ def sizes(root: Path) -> Sizes | None:
     config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
     modules = {name: (shape[0], shape[1]) for name, shape in base["modules"].items()}
     files = {name: prepared / f"{name}.arrow" for name in ("train", "validation", "test", "probe")}
-    splits = {name: _split(path) for name, path in files.items() if path.is_file()}
-    task = read_json(prepared / "task.json") if splits else {}
-    generated = task["max_new_tokens"] if task.get("kind") == "generate" else 0
+    task = Task.read(prepared / "task.json") if all(path.is_file() for path in files.values()) else None
+    splits = {name: _lengths(path) for name, path in files.items()} if task else {}
+    generated = task.max_new_tokens if task and task.kind == "generate" else 0
     shape, family = Shape.of(modules, base["kind"], config), str(config.get("model_type"))
-    candidates = list(map(len, task.get("candidates", [])))
+    candidates = list(map(len, task.candidates)) if task else []
     return Sizes(shape, base["kind"], family, _weights(model), splits, candidates, generated)
 
 
@@ -64,18 +70,18 @@ def _weights(model: Path) -> int:
 
 
 def _parameters(path: Path) -> int:
-    with path.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
 
 
-def _split(path: Path) -> Split:
+def _lengths(path: Path) -> Lengths:
     """Lengths alone are read of a prepared split."""
-    import pyarrow
     import pyarrow.compute as pc
 
-    with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
-        table = reader.read_all()
+    table = read_rows(path).table
     prompt, answer = (pc.list_value_length(table[name]) for name in ("prompt", "answer"))
     longest = pc.max(pc.add(prompt, answer))
-    return Split(table.num_rows, *(value.as_py() or 0 for value in (pc.sum(prompt), pc.sum(answer), longest)))
+    return Lengths(table.num_rows, *(value.as_py() or 0 for value in (pc.sum(prompt), pc.sum(answer), longest)))

@@ -25,7 +25,7 @@ def print_plan(plan: Plan) -> None:
     for timing in plan.timings:
         setting = f"{timing.machine.device}, {timing.machine.threads} thread(s), {timing.machine.dtype}"
         console.print(
-            f"micro-step of {timing.work.tokens} tokens: {timing.seconds:.2f} s on {setting}", highlight=False
+            f"micro-step of {timing.work.tokens:,.0f} tokens: {timing.seconds:.2f} s on {setting}", highlight=False
         )
     if plan.timings:
         better = plan.better

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cola_core.arithmetic.shape import Work
-from cola_core.config.params import Params
 from cola_core.config.recipe import BaseStore, LinkConfig, MachineConfig
 from cola_core.files import read_json
-from cola_core.targets import select_targets
 
 if TYPE_CHECKING:
     from cola_core.batches import Batch
@@ -50,8 +48,10 @@ def alternatives(machine: MachineConfig) -> list[MachineConfig]:
     return [machine, *(other for other in others if other != machine)]
 
 
-def measure(root: Path, params: Params, machines: list[MachineConfig]) -> Iterator[Timing]:
-    """Forward and backward of one micro-batch of the training split, with adapters at the reference rank.
+def measure(
+    root: Path, config: LinkConfig, ranks: Mapping[str, int], machines: Sequence[MachineConfig]
+) -> Iterator[Timing]:
+    """Forward and backward of one micro-batch of the training split, with adapters of these ranks.
 
     Of the micro-batches that one step would be cut into, the one of most rows.
 
@@ -63,13 +63,12 @@ def measure(root: Path, params: Params, machines: list[MachineConfig]) -> Iterat
     from cola_core.rows import Task, read_rows
     from cola_core.scoring import Objective
 
-    config = LinkConfig(**{**params.link, **params.chain["1"].link})
     task = Task.read(root / "artifacts/prepare/task.json")
     rows = read_rows(root / "artifacts/prepare/train.arrow")[: config.batch]
     kind = read_json(root / "artifacts/fetch/model/cola.json")["kind"]
     for machine in machines:
         torch.set_num_threads(machine.threads)
-        objective = Objective(_adapted(root, params, machine, len(task.labels)), kind, task)
+        objective = Objective(_adapted(root, ranks, machine, len(task.labels)), kind, task)
         largest = max(objective.groups(rows, config.micro_batch, config.micro_tokens), key=len)
         batch = objective.training_batch([rows[i] for i in largest])
         times = [_step(objective, batch) for _ in range(REPEATS + 1)][1:]
@@ -96,8 +95,8 @@ def _step(objective: object, batch: object) -> float:
     return time.perf_counter() - started
 
 
-def _adapted(root: Path, params: Params, machine: MachineConfig, labels: int):  # type: ignore[no-untyped-def]
-    """The base as `link` trains it: placed, frozen, every target with a pair of the reference rank."""
+def _adapted(root: Path, ranks: Mapping[str, int], machine: MachineConfig, labels: int):  # type: ignore[no-untyped-def]
+    """The base as `link` trains it: placed, frozen, every target with a pair."""
     import torch
 
     from cola_core.adapters import Pair, attach
@@ -106,10 +105,9 @@ def _adapted(root: Path, params: Params, machine: MachineConfig, labels: int):  
 
     model = place(load_base(root / "artifacts/fetch/model", machine, labels), machine)
     modules, dtype = adaptable(model), BASES[machine.dtype].adapter
-    rank, pairs = params.allocate["rank"], {}
-    for name in select_targets(modules, params.targets):
+    pairs = {}
+    for name, rank in ranks.items():
         out, inner = weight_shape(modules[name])
-        r = min(rank, out, inner)
-        pairs[name] = Pair(torch.ones(r, inner, dtype=dtype), torch.zeros(out, r, dtype=dtype), 1.0)
+        pairs[name] = Pair(torch.ones(rank, inner, dtype=dtype), torch.zeros(out, rank, dtype=dtype), 1.0)
     attach(model, pairs)
     return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
 import re
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cola_core.errors import RetryError, UserError
-from cola_core.files import new_file
 from tasks.places import home, main_checkout
 
 if TYPE_CHECKING:
@@ -132,29 +130,6 @@ def open_store() -> Iterator[Store]:
     except (MlflowException, SQLAlchemyError, OSError) as error:
         refused = getattr(error, "error_code", "") in REFUSED
         raise (UserError if refused else RetryError)(_line(uri, error)) from None
-
-
-def unsynced() -> bool:
-    """Whether `sync` may find anything to do: told in a moment, from files, where opening MLflow takes seconds."""
-    note = home() / "synced"
-    try:
-        return not note.is_file() or note.read_text(encoding="utf-8") != state()
-    except UserError:
-        return True  # a bad address: sync says so
-
-
-def note_synced(before: str) -> None:
-    """Keep `before`, what `state` said when a sync began that has ended well."""
-    with new_file(home() / "synced") as temporary:
-        temporary.write_text(before, encoding="utf-8")
-
-
-def state() -> str:
-    """A hash over the names of records and live runs, the store's address, and whether its file is there."""
-    uri = tracking_uri()
-    names = [path.name for folder in ("records", "live") for path in sorted((home() / folder).glob("*.json"))]
-    there = not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
-    return hashlib.sha256("\n".join([uri, str(there), *names]).encode()).hexdigest()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
 import gc
 import json
 import re
@@ -16,9 +15,10 @@ from typing import Any
 import yaml
 
 from cola_core.errors import RetryError, UserError
+from tasks.pending import note_synced, orphans, state
 from tasks.places import home
 from tasks.publish import restore
-from tasks.store import Store, locked, mask, note_synced, open_store, state
+from tasks.store import Store, locked, mask, open_store
 
 __all__ = ["sync"]
 
@@ -149,15 +149,10 @@ def _upload(store: Store, run_id: str, path: Path) -> None:
 
 
 def _close_orphans(store: Store, recorded: set[str]) -> None:
-    """End live runs whose process died before it could leave a record; a marker that is still locked is alive."""
-    for marker in sorted((home() / "live").glob("*.json")):
-        with marker.open("r") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            _close_orphan(store, file.read(), recorded)
-            marker.unlink(missing_ok=True)
+    """End live runs whose process died before it could leave a record."""
+    for marker in orphans():
+        _close_orphan(store, marker.read_text(encoding="utf-8"), recorded)
+        marker.unlink(missing_ok=True)
 
 
 def _close_orphan(store: Store, marker: str, recorded: set[str]) -> None:

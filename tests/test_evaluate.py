@@ -180,23 +180,3 @@ def test_normalisation_reads_the_extracted_answer() -> None:
     assert normalise("3 km, then 40 m; else none", two) == "40"
     plain = Task("generate", "answer", "sum", [], [], 1, 2, None, 5, None)
     assert normalise("  The  Answer. ", plain) == "the answer"
-
-
-@pytest.mark.parametrize(("rows", "resamples"), [(2, 50), (31, 450), (256, 1000)])
-def test_the_interval_is_scipys(rows: int, resamples: int) -> None:
-    """The same draws from the same generator, without the import of scipy.stats in every evaluation."""
-    from scipy.stats import bootstrap
-
-    from cola_core.seeds import derive
-
-    picks = np.random.default_rng(rows)
-    gold = [str(n) for n in picks.integers(0, 4, rows)]
-    said = [g if keep else "0" for g, keep in zip(gold, picks.random(rows) < 0.6, strict=True)]
-    found = summary(said, gold, [0.0] * rows, CONFIG.model_copy(update={"resamples": resamples}), seed=3)
-    codes = [np.array([int(n) for n in side]) for side in (gold, said)]
-    for name, statistic in STATISTICS:
-        wanted = bootstrap(
-            codes, statistic, paired=True, vectorized=True, n_resamples=resamples, batch=200, method="percentile",
-            confidence_level=CONFIG.confidence, rng=np.random.default_rng(derive(3, "bootstrap", name)),
-        ).confidence_interval  # fmt: skip
-        assert (found[f"{name}_low"], found[f"{name}_high"]) == pytest.approx((wanted.low, wanted.high), abs=1e-12)

@@ -53,7 +53,7 @@ def test_a_sampled_gradient_holds_its_rows_and_sketches() -> None:
     held.add(torch.ones(5, 48), torch.ones(5, 64))
     tensors = [value for value in (held.part, held.sketch, held.a_max) if isinstance(value, torch.Tensor)]
     shape, nothing = Shape({"m": (64, 48)}), Work(0, 0, 0)
-    said = sampled_bytes(shape, nothing, ["m"], 4, False, PROFILE.sketch, PROFILE.row_share)
+    said = sampled_bytes(shape, nothing, ["m"], 4, PROFILE.sketch, PROFILE.row_share)
     assert sum(tensor.nbytes for tensor in tensors) == said - 4 * 48 * (64 + 16)  # less what the end takes
 
 
@@ -74,9 +74,9 @@ def test_a_probes_peak_is_the_formulas(way: Any, dtype: Any) -> None:
     found = peak_bytes(lambda: run_probe(*probed))
     batch = case.rows if way == "one_batch" else [max(case.rows, key=lambda row: len(row.prompt) + len(row.answer))]
     work = work_of(case.objective.training_batch(batch))
-    asked = (case.shape, work, case.names, 2 if dtype == "bf16" else 4, False)
+    asked = (case.shape, work, case.names, 2 if dtype == "bf16" else 4)
     sampled = way == "sampled"
-    said = sampled_bytes(*asked, 8, 0.25) if sampled else probe_bytes(*asked, way == "accumulate")
+    said = sampled_bytes(*asked, 8, 0.25) if sampled else probe_bytes(*asked, False, way == "accumulate")
     sketches = 4 * sum(out * min(8, out, inner) for out, inner in case.shape.modules.values())
     assert -0.5 < found - said < sketches
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from cola_core.links import open_chain
 from cola_core.models import adaptable
-from cola_core.packing import packs
+from cola_core.packing import use_packing
 from cola_core.rows import Row
 from cola_core.scoring import Objective
 from cola_core.train import mean_loss
@@ -113,8 +114,8 @@ def test_packed_rows_have_the_padded_rows_loss_and_gradients(family: str, loss: 
 def test_rows_are_not_packed_where_that_is_not_known_to_work(tmp_path: Path) -> None:
     objective = open_chain(base_of("llama"), root_of("llama", tmp_path), task_of("llama"), FP64)
     objective.model.config.model_type = "unknown"
-    assert not packs(objective.model)
-    assert not packs(open_chain(base_of("t5"), root_of("t5", tmp_path / "t5"), task_of("t5"), FP64).model)
+    assert not use_packing(objective.model)
+    assert not use_packing(open_chain(base_of("t5"), root_of("t5", tmp_path / "t5"), task_of("t5"), FP64).model)
 
 
 @pytest.mark.parametrize("loss", ["answer", "candidates"])
@@ -123,13 +124,22 @@ def test_a_token_budget_holds_for_what_is_computed(family: str, loss: str, tmp_p
     """Candidates count too, whether training compares them or evaluation scores them; padding counts where it is."""
     objective = open_chain(base_of(family), root_of(family, tmp_path), task_of(family, loss), FP64)
     rows = rows_of(family, 12)
-    for compare, batch_of in ((False, objective.training_batch), (True, objective.scoring_batch)):
-        groups = objective.groups(rows, 8, 60, compare=compare or loss == "candidates")
+    for answered, batch_of in ((False, objective.training_batch), (True, objective.scoring_batch)):
+        groups = objective.groups(rows, 8, 60, answered)
         assert sorted(i for group in groups for i in group) == list(range(12))
         for group in groups:
             inputs = batch_of([rows[i] for i in group]).inputs
             computed = inputs["input_ids"].numel() + inputs.get("decoder_input_ids", torch.empty(0)).numel()
             assert computed <= 60 or len(group) == 1
+
+
+def test_a_token_budget_holds_for_generated_answers(tmp_path: Path) -> None:
+    """Their prompts are padded to the longest even where rows are packed; answers count as long as they may get."""
+    task = replace(task_of("llama"), kind="generate", candidates=[], max_new_tokens=5)
+    objective = open_chain(base_of("llama"), root_of("llama", tmp_path), task, FP64)
+    rows = rows_of("llama", 12)
+    for group in objective.groups(rows, 8, 60, answered=True):
+        assert len(group) * (max(len(rows[i].prompt) for i in group) + 5) <= 60 or len(group) == 1
 
 
 def test_an_attention_that_the_user_chose_stays(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from cola_core.errors import RetryError, UserError
 from tasks import live as live_log
 from tasks import sync as sync_module
+from tasks.pending import unsynced
 from tasks.places import home, main_checkout
 from tasks.progress import progress
 from tasks.stage import Context, Done, record
@@ -136,6 +137,19 @@ def test_a_deleted_database_is_filled_again(checkout: Path, empty_database: Path
     assert runs() == {}
     assert sync() == 2
     assert runs().keys() == identities
+
+
+def test_what_is_left_to_do_is_told_without_mlflow(checkout: Path, empty_database: Path) -> None:
+    left("prepare")
+    assert unsynced()
+    assert sync() == 1 and not unsynced()
+    with live_log.Live(Context(stage="link@1", key="1", raw=RAW)) as live:
+        live.step(1, {"loss": 1.0})
+        assert not unsynced(), "it is alive"
+    assert unsynced() and sync() == 0 and not unsynced()
+    shutil.copy(empty_database, checkout / "another.db")
+    (checkout / "another.db").rename(checkout / "mlflow.db")
+    assert unsynced(), "the same name, another store"
 
 
 def test_a_binned_run_stays_in_the_bin(checkout: Path) -> None:

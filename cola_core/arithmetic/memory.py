@@ -65,18 +65,14 @@ def probe_bytes(
     return sums + max(kept + max(logits, (width + cast) * most), (wide + cast) * most)
 
 
-def sampled_bytes(
-    shape: Shape, work: Work, targets: Collection[str], width: int, checkpointing: bool, sketch: int, share: float
-) -> float:
+def sampled_bytes(shape: Shape, work: Work, targets: Collection[str], width: int, sketch: int, share: float) -> float:
     """What a sampled probe holds beside weights, at most.
 
     The taken rows and sketches, and a micro-batch, or at the end one module's gradient made up from them, and its W.
     """
     maps = [m for group in walk(shape, work, {}, targets) for m in group.maps if m.trains]
     wide, cast = max(width, FP32), FP32 if width < FP32 else 0
-    kept, logits = activations(shape, work, {}, width, targets, checkpointing), logits_bytes(shape, work)
-    if checkpointing:  # the probe keeps its modules' inputs itself
-        kept += sum(_read(group, width) for group in walk(shape, work, {}, targets))
+    kept, logits = activations(shape, work, {}, width, targets), logits_bytes(shape, work)
     sums = sum(_sampled(m, wide, sketch, share) for m in maps)
     turn = max(cast * m.tokens * (m.out + m.inner) + wide * _sampling(m, share) for m in maps)
     last = max(m.inner * ((wide + cast) * m.out + wide * taken(m.out, share)) for m in maps)
@@ -89,9 +85,8 @@ def knot_bytes(shape: Shape, weights: int) -> float:
 
 
 def _sampled(m: Map, wide: int, sketch: int, share: float) -> float:
-    """G[rows], S and A_max, which is drawn in float64."""
-    rank = min(sketch, m.out, m.inner)
-    return wide * (taken(m.out, share) * m.inner + m.out * rank) + FP64 * rank * m.inner
+    """G[rows], S and A_max."""
+    return wide * (taken(m.out, share) * m.inner + min(sketch, m.out, m.inner) * (m.out + m.inner))
 
 
 def _sampling(m: Map, share: float) -> float:

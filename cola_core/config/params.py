@@ -74,7 +74,7 @@ def check_params(raw: dict[str, Any]) -> Params:
     """
     check_chain(raw)
     params = parse(Params, raw, "")
-    knots = {key: _knot(params, key) for key in params.chain}
+    knots = {key: knot_of(params, key) for key in params.chain}
     for key, knot in knots.items():
         _check_composition(params, key, knot)
     total = sum(knot.link.steps for knot in knots.values())
@@ -121,8 +121,12 @@ def _check_wiring(key: str, item: Any) -> None:
         raise UserError(f"{where}.profile_from: is {source!r}; allowed: a quoted link from '1' to '{key}'")
 
 
-def _knot(params: Params, key: str) -> Knot:
-    """The shared sections with the changes of one link."""
+def knot_of(params: Params, key: str) -> Knot:
+    """The shared sections with the changes of one link.
+
+    Raises:
+        UserError: a mistake in either.
+    """
     return Knot(
         profile=_section(ProfileConfig, params, key, "profile"),
         allocate=_section(AllocateConfig, params, key, "allocate"),
@@ -139,7 +143,7 @@ def _section(model: type[Section], params: Params, key: str, name: str) -> Secti
 
 def _check_composition(params: Params, key: str, knot: Knot) -> None:
     """Refuse what cannot compose, naming both values and the reason."""
-    source = _knot(params, params.chain[key].profile_from).profile
+    source = knot_of(params, params.chain[key].profile_from).profile
     probed = source.probe != "none"
     machine = params.machine
     most = "rank" if knot.allocate.allocator == "uniform" else "r_max"

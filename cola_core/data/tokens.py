@@ -13,6 +13,12 @@ __all__ = ["Plain", "open_tokenizer"]
 
 PLAIN = "TokenizersBackend"  # transformers' class for "exactly what tokenizer.json says"; others rebuild parts of it
 
+# Keys that make transformers add tokens, encode or decode in other ways than tokenizer.json alone.
+MORE = (
+    "extra_special_tokens", "additional_special_tokens", "added_tokens_decoder", "split_special_tokens",
+    "clean_up_tokenization_spaces",
+)  # fmt: skip
+
 
 class Plain:
     """tokenizer.json as it stands, with the few words of transformers' tokenizers that a codec says."""
@@ -48,9 +54,9 @@ class Plain:
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def knows(self, config: dict[str, Any]) -> bool:
-        """Whether every special token that the configuration names is in the vocabulary; transformers adds others."""
+        """Whether transformers would read no more out of the configuration: no unknown tokens, no other ways."""
         named = [name for name, token in config.items() if name.endswith("_token") and isinstance(token, str | dict)]
-        return not config.get("extra_special_tokens") and all(self._id(config, n) is not None for n in named)
+        return not any(config.get(key) for key in MORE) and all(self._id(config, n) is not None for n in named)
 
     def _id(self, config: dict[str, Any], name: str) -> int | None:
         token = config.get(name)

@@ -82,7 +82,7 @@ def answer(
     found: list[tuple[str, float]] = [("", 0.0)] * len(rows)
     done = 0
     with torch.no_grad():
-        for indices in objective.groups(rows, size, tokens, compare=True):
+        for indices in objective.groups(rows, size, tokens, answered=True):
             batch = [rows[i] for i in indices]
             for index, result in zip(indices, read(objective, batch), strict=True):
                 found[index] = result

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import bootstrap
 
 from cola_core.config.report import EvaluateConfig
 from cola_core.seeds import derive
@@ -15,7 +16,6 @@ from cola_core.seeds import derive
 __all__ = ["confusion", "majority", "summary"]
 
 Ints = NDArray[np.int64]
-BATCH = 200  # resamples in memory at once
 
 
 def summary(
@@ -58,17 +58,18 @@ def _interval(name: str, statistic: Any, true: Ints, said: Ints, config: Evaluat
     value = float(statistic(true, said))
     if len(true) < 2:
         return {name: value, f"{name}_low": value, f"{name}_high": value}
-    draws = np.random.default_rng(derive(seed, "bootstrap", name))
-    found = np.concatenate([statistic(true[i], said[i]) for i in _resamples(draws, len(true), config.resamples)])
-    tail = (1 - config.confidence) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
-    return {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
-
-
-def _resamples(draws: np.random.Generator, rows: int, count: int) -> Iterator[Ints]:
-    """Indices of `count` resamples of the rows, some at a time: the draws of scipy.stats.bootstrap, not its import."""
-    for done in range(0, count, BATCH):
-        yield draws.integers(0, rows, (min(BATCH, count - done), rows))
+    found = bootstrap(
+        (true, said),
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=config.resamples,
+        batch=200,
+        confidence_level=config.confidence,
+        method="percentile",
+        rng=np.random.default_rng(derive(seed, "bootstrap", name)),
+    ).confidence_interval
+    return {name: value, f"{name}_low": float(found.low), f"{name}_high": float(found.high)}
 
 
 def _accuracy(true: Ints, said: Ints, axis: int = -1) -> Any:
