@@ -17,7 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from cola_core.batches import Batch, Branched, Continuations, Spots, branch_mask
+from cola_core.batches import Batch, Spots
+from cola_core.branches import Branched, Continuations, branch_mask
 from cola_core.rows import PACKABLE, Row, Task
 
 __all__ = ["PACKED", "first_tokens", "packed_inputs", "use_packing"]
@@ -62,10 +63,10 @@ AttentionMaskInterface.register("by_rows", sdpa_mask)
 
 
 def causal(rows: Sequence[Row], continuations: Continuations, task: Task) -> Batch:
-    """As `batches.causal`, end to end; logits are needed at (0, offset of the row + column)."""
+    """As `collate.causal`, end to end; logits are needed at (0, offset of the row + column)."""
     made = Branched.of(rows, continuations)
     inputs = _packed(made.sequences, made.positions)
-    if any(made.several):
+    if made.several:
         inputs["branches"] = _end_to_end(made.branches)
     batch = made.spots.batch(inputs, rows, sum(map(len, made.sequences)))
     batch.columns = batch.columns + _starts(inputs["row_lengths"])[batch.rows]

@@ -56,7 +56,7 @@ def probe(
         stream: (seed, link) of the random stream that A_max is drawn from.
 
     Raises:
-        UserError: the loss or a gradient is not finite.
+        UserError: a gradient is not finite, or a module got none.
     """
     _prepare(objective, config)
     reduce = Reducer(modules, earlier, config, stream)

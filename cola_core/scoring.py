@@ -12,7 +12,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from cola_core.batches import COLLATE, LENGTH, Batch
+from cola_core.batches import Batch
+from cola_core.collate import COLLATE, LENGTH
 from cola_core.packing import PACKED, first_tokens, packed_inputs, use_packing
 from cola_core.rows import Row, Task, group_by_length
 
