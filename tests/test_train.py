@@ -107,6 +107,13 @@ def test_a_diverging_link_says_where_and_what_to_try(tmp_path: Path) -> None:
         run_link(job)
 
 
+def test_a_validation_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: Any) -> None:
+    """Else the first of them would be the best for good."""
+    monkeypatch.setattr(train, "mean_loss", lambda *_: float("nan"))
+    with pytest.raises(UserError, match=r"link 1, step 2: the validation loss is not finite"):
+        run_link(job_of("llama", root_of("llama", tmp_path), FP32, validate_every=2))
+
+
 def test_biases_train_only_when_asked(tmp_path: Path) -> None:
     frozen = run_link(job_of("opt", root_of("opt", tmp_path)))[0]
     free = run_link(job_of("opt", root_of("opt", tmp_path), bias="lora"))[0]
