@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -230,6 +230,7 @@ def test_importance_against_numpy(name: str) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(out=st.integers(1, 60), columns=st.integers(1, 60), decay=st.floats(0.3, 0.99), seed=st.integers(0, 99))
+@example(out=60, columns=60, decay=1.0, seed=0)  # singular values close to each other ask for the most rounds
 def test_the_largest_singular_value_is_found_without_a_decomposition(
     out: int, columns: int, decay: float, seed: int
 ) -> None:
