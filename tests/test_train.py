@@ -14,7 +14,7 @@ import torch
 from cola_core import train
 from cola_core.adapters import LoRA, attach, detach
 from cola_core.chain import read_chain, write_link
-from cola_core.config.recipe import MachineConfig
+from cola_core.config.recipe import MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.links import initial_pairs, open_chain, run_link
 from cola_core.verify import verify_chain
@@ -62,6 +62,17 @@ def test_best_is_kept_and_patience_stops(tmp_path: Path, monkeypatch: Any) -> No
     assert torch.equal(layer.B, kept[3]), "the adapter of step 4 is the one that stays"
 
 
+def test_a_global_learning_rate_goes_on_over_the_knot(tmp_path: Path) -> None:
+    chain, found = root_of("llama", tmp_path), list[float]()
+    whole = run_link(job_of("llama", chain, steps=6, warmup=0.5, decay="cosine"))[2]
+    for _ in range(2):
+        schedule = ScheduleConfig(kind="cola", learning_rate="global", horizon=6)
+        job = job_of("llama", chain, steps=3, warmup=0.5, decay="cosine", schedule=schedule)
+        found += [event["learning_rate"] for event in run_link(job)[2].losses]
+        chain = grow(job, tmp_path)
+    assert found == [event["learning_rate"] for event in whole.losses]
+
+
 def test_only_the_adapter_gets_gradients(tmp_path: Path) -> None:
     job = job_of("llama", root_of("llama", tmp_path))
     objective = open_chain(job.base, job.chain, job.task, job.machine)
@@ -102,7 +113,8 @@ def test_bf16_trains_an_encoders_head_in_fp32(tmp_path: Path) -> None:
 def test_a_diverging_link_says_where_and_what_to_try(tmp_path: Path) -> None:
     job = job_of("llama", root_of("llama", tmp_path), FP32, learning_rate=1e30, clip=None, warmup=0.0)
     with pytest.raises(
-        UserError, match=r"link 1, step \d+: .* is not finite at link.learning_rate 1e\+30; try a tenth"
+        UserError,
+        match=r"link 1, step \d+: the (loss or its gradient|gradient of \S+) is not finite at link.learning_rate 1e\+30; try a tenth",
     ):
         run_link(job)
 
