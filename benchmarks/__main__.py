@@ -109,11 +109,11 @@ def _steps(need: Any, _: Path, quick: bool) -> Iterator[Row]:
 def _precision(need: Any, folder: Path, quick: bool) -> Iterator[Row]:
     yield steps.bf16(need("sst2"), 1 if quick else 3)
     if not quick:
-        yield precision.quality(need("sst2"), folder / "quality", steps=3, rows=32)
+        yield precision.quality(need("sst2"), folder / "quality", steps=2, rows=16)
 
 
 def _probes(need: Any, _: Path, quick: bool) -> Iterator[Row | dict[str, Any]]:
-    yield from probes.probe_rows(need("sst2" if quick else "r8"), 1 if quick else 2)
+    yield from probes.probe_rows(need("sst2" if quick else "r8"), 1 if quick else 4)
     yield probes.sampled_curve(need("sst2"), quick)
 
 

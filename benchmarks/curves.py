@@ -17,7 +17,7 @@ from cola_core.scoring import Objective
 
 __all__ = ["curves"]
 
-RANKS, LENGTHS, BATCHES = (4, 8, 16, 32, 64, 128), (32, 64, 128, 256), (1, 2, 4, 8, 16)
+RANKS, LENGTHS, BATCHES = (4, 16, 64, 128), (32, 64, 128, 256), (1, 2, 4, 8)
 TARGETS: dict[str, Any] = {
     "q, v": "query_value",
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],

@@ -90,7 +90,7 @@ def _working(project: Trial, idle: float) -> Row:
         ran.append(len(project.dvc()))
         project.sync()
 
-    found = alternate(flow, dvc, 2, warm_up=0)
+    found = alternate(flow, dvc, 1, warm_up=0)
     if len(set(ran)) != 1:
         raise RuntimeError(f"the flow and dvc repro ran different numbers of stages: {ran}")
     extra = [(ours - peer - idle) / ran[0] for ours, peer in zip(found.ours, found.peer, strict=True)]

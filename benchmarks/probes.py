@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from cola_core.axes.initialisers import draw_a
 from cola_core.config.recipe import AllocateConfig
 from cola_core.models import adaptable, weight_shape
 from cola_core.probe import Profile, probe
+from cola_core.rows import Row as Example
 
 __all__ = ["probe_rows", "sampled_curve"]
 
@@ -37,9 +38,10 @@ class Probes:
         self.bytes = sum(weight.nbytes for weight in self.weights.values())
         self.batch = self.objective.training_batch(list(where.probe))
 
-    def ours(self, **changes: object) -> Profile:
-        """The product's probe."""
-        return probe(self.objective, list(self.where.probe), self.modules, {}, self.where.profile(**changes), (0, 1))
+    def ours(self, rows: Sequence[Example] | None = None, **changes: object) -> Profile:
+        """The product's probe, of all rows if none are named."""
+        config = self.where.profile(**changes)
+        return probe(self.objective, rows or list(self.where.probe), self.modules, {}, config, (0, 1))
 
     def plain(self, keep: bool = False) -> None:
         """One forward and backward with the same weight gradients, freed unless kept."""
@@ -48,12 +50,13 @@ class Probes:
         if not keep:
             self.ask(False)
 
-    def forward(self) -> Tensor:
-        """The model's activations as the backward needs them."""
+    def activations(self, rows: Sequence[Example] | None = None) -> int:
+        """Bytes of the model's activations as the backward needs them, and of what it takes to compute them."""
+        batch = self.objective.training_batch(rows) if rows else self.batch
         self.ask(True)
-        loss: Tensor = self.objective(self.batch)
+        found = peak_bytes(lambda: self.objective(batch))
         self.ask(False)
-        return loss
+        return found
 
     def whole(self) -> dict[str, Any]:
         """GoRA's probe as its authors do it: all mean gradients kept, then importance and B for every module."""
@@ -79,9 +82,10 @@ class Probes:
         self.ask(False)
 
     def sampled_bytes(self, share: float) -> int:
-        """Peak above the activations, of all rows at once as for the others."""
-        whole = functools.partial(self.ours, probe="sampled", row_share=share, micro_batch=len(self.where.probe))
-        return peak_bytes(whole) - peak_bytes(self.forward)
+        """Peak above the activations of a row where it is taken twice, one at a time: more rows add nothing."""
+        row = [self.where.probe[0]]
+        work = functools.partial(self.ours, row * 2, probe="sampled", row_share=share, micro_batch=1)
+        return peak_bytes(work) - self.activations(row)
 
     def ranks(self, found: Profile) -> dict[str, int]:
         """What the recipe's allocator makes of a profile."""
@@ -104,7 +108,7 @@ def probe_rows(where: Setting, pairs: int) -> Iterator[Row]:
     whole = probes.whole()
     for name, (importance, _, _) in whole.items():
         assert abs(exact.modules[name]["importance"] - importance) <= 1e-3 * importance, name
-    activations = peak_bytes(probes.forward)
+    activations = probes.activations()
     extra = peak_bytes(probes.ours) - activations
     note = (
         f"above model and {activations / 2**20:.0f} MiB of activations, in bytes of all target weights; A from its seed"
@@ -119,7 +123,7 @@ def probe_rows(where: Setting, pairs: int) -> Iterator[Row]:
     probes.ask(False)
     yield _same_ranks(probes, exact)
     for name, what, peer, goal in _timings(probes):
-        yield compared(name, what, alternate(probes.ours, peer, pairs), goal)
+        yield compared(name, what, alternate(probes.ours, peer, pairs if goal else pairs // 2), goal)
 
 
 def _same_ranks(probes: Probes, exact: Profile) -> Row:

@@ -81,9 +81,8 @@ def _one(axis: Any, curve: Mapping[str, Any]) -> None:
         axis.plot([p["memory_share"] for p in points], [p["equal_ranks"] for p in points], "o-")
         axis.set(xlabel="memory / target weights", ylabel="share of equal ranks", ylim=(0, 1), title="sampled probe")
         return
-    x = [str(p["x"]) for p in points]
-    axis.plot(x, [p["tokens_per_second"] for p in points], "o-")
-    axis.set(xlabel=curve["id"].removeprefix("tokens-"), title="tokens/s (blue), MiB (grey)", ylim=0)
-    other = axis.twinx()
-    other.plot(x, [p["peak_mib"] for p in points], "s--", color="grey")
-    other.set(ylim=0)
+    axis.set(xlabel=curve["id"].removeprefix("tokens-"), title="tokens/s (blue), MiB (grey)")
+    for side, key, style in ((axis, "tokens_per_second", "o-"), (axis.twinx(), "peak_mib", "s--")):
+        y = [p[key] for p in points]
+        side.plot([str(p["x"]) for p in points], y, style, color="grey" if side is not axis else None)
+        side.set(ylim=(0, 1.15 * max(y)))
