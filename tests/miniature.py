@@ -62,6 +62,7 @@ def main(context: Context) -> Done:
         plan.write_text(" ".join(codes[1:]))
         if codes[0] == "sleep":
             time.sleep(60)
+            (WEATHER / "woke").touch()
         raise {{"75": RetryError, "2": UserError, "1": ZeroDivisionError}}[codes[0]]("no such luck: the " + "net")
     {body}
     return Done()
