@@ -1,6 +1,6 @@
 # make run    environment, then the default recipe by `dvc repro`, then its scores
 # make test   environment, then the tests            make lint   style, types, layers
-# make bench  time and memory beside the peers, 15 minutes on 2 cores (QUICK=1: 3 minutes, no table)
+# make bench  time and memory beside the peers, 15 to 25 minutes on 2 cores (QUICK=1: 5, no table; ONLY=curves: that part again)
 # Elsewhere:  make run PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cu130   (empty: PyPI's own build)
 
 PYTHON ?= python3.11
@@ -41,7 +41,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(foreach part,$(ONLY),--only $(part))
 
 setup: $(READY)
 

@@ -14,9 +14,10 @@ import typer
 from rich.console import Console
 
 from benchmarks import chains, curves, pipeline, precision, probes, scoring, steps
-from benchmarks.results import Row, machine, write_results
+from benchmarks.results import Row, machine, results_file, write_results
 from benchmarks.setting import ROOT, Setting, setting
 from benchmarks.table import put_into
+from cola_core.files import read_json
 from flows.child import quiet
 
 DATA = ROOT.parent / "shared" / "data" / "sst2"
@@ -29,21 +30,26 @@ console = Console(stderr=True)
 @app.command()
 def main(
     quick: Annotated[bool, typer.Option(help="what runs in one process, few pairs; writes nothing here")] = False,
-    only: Annotated[list[str] | None, typer.Option(help="parts to run: " + "steps probes chains scoring ...")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="parts to measure again: steps, precision, probes, ...")
+    ] = None,
     threads: Annotated[int, typer.Option(help="of torch, on both sides")] = 2,
 ) -> None:
     """Measure this project beside its peers."""
     quiet()
     torch.set_num_threads(threads)
     started, about, rows, lines = time.monotonic(), machine(threads), list[Row](), list[dict[str, Any]]()
-    folder = Path(tempfile.mkdtemp()) if quick or only else RESULTS
+    path = (Path(tempfile.mkdtemp()) if quick else RESULTS) / results_file(about)
+    old = read_json(path) if only and path.is_file() else {}
+    if old:
+        about["commit"] = f"{old['machine']['commit']} ({', '.join(only or [])}: {about['commit']})"
     with tempfile.TemporaryDirectory() as scratch:
         for found in _suite(Path(scratch), quick, only):
             console.print(f"{time.monotonic() - started:4.0f} s  {_shown(found)}", highlight=False)
             (rows if isinstance(found, Row) else lines).append(found)  # type: ignore[arg-type]
-            path = write_results(folder, about, rows, lines)
+            write_results(path, about, rows, lines, old)
     console.print(path)
-    if folder == RESULTS:
+    if not quick:
         put_into(PAGE, path, FIGURE)
 
 

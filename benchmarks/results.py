@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.pairs import Pairs
 from cola_core.files import write_json
 
-__all__ = ["Row", "alone", "compared", "machine", "write_results"]
+__all__ = ["Row", "alone", "compared", "machine", "results_file", "write_results"]
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "dvc", "prefect", "mlflow")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -81,12 +81,28 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def write_results(folder: Path, about: dict[str, Any], rows: Sequence[Row], curves: Sequence[dict[str, Any]]) -> Path:
-    """Write <date>-<machine>.json whole or not at all; called after every figure, so a stopped run keeps the others."""
+def results_file(about: Mapping[str, Any]) -> str:
+    """<date>-<machine>.json."""
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{about['cpu']} {about['cores']} cores".lower()).strip("-")
-    path = folder / f"{about['date']}-{slug}.json"
-    write_json(path, {"machine": about, "rows": [asdict(row) for row in rows], "curves": list(curves)})
-    return path
+    return f"{about['date']}-{slug}.json"
+
+
+def write_results(
+    path: Path, about: Mapping[str, Any], rows: Sequence[Row], curves: Sequence[dict[str, Any]], old: Mapping[str, Any]
+) -> None:
+    """Write the file whole or not at all; called after every figure, so a stopped run keeps the others.
+
+    Args:
+        old: an earlier file's content, or {}; what has been measured again takes the place of its figures.
+    """
+    found = {"rows": [asdict(row) for row in rows], "curves": list(curves)}
+    renewed = {kind: _renewed(old.get(kind, []), items) for kind, items in found.items()}
+    write_json(path, {"machine": dict(about), **renewed})
+
+
+def _renewed(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    mine = {item["id"]: item for item in new}
+    return [mine.pop(item["id"], item) for item in old] + list(mine.values())
 
 
 def _commit() -> str:

@@ -15,7 +15,7 @@ from benchmarks.memory import left_bytes, peak_bytes
 from benchmarks.pairs import Pairs, alternate
 from benchmarks.peers import against_trainer, floor, peft_model
 from benchmarks.probes import Probes
-from benchmarks.results import alone, compared, machine, write_results
+from benchmarks.results import alone, compared, machine, results_file, write_results
 from benchmarks.scoring import scoring
 from benchmarks.setting import Ours, Setting, setting
 from benchmarks.steps import layers, near_floor
@@ -136,7 +136,8 @@ def test_results_say_what_was_met_and_where(tmp_path: Path) -> None:
         alone("start", "a start", [2.0], 1.5, note="why"),
     ]
     assert [row.met for row in rows] == [True, False, False]
-    path = write_results(tmp_path, machine(2), rows, [])
+    path = tmp_path / results_file(machine(2))
+    write_results(path, machine(2), rows, [], {})
     content: dict[str, Any] = json.loads(path.read_text())
     wanted = {"id", "ours", "peer", "ratio_median", "ratio_low", "ratio_high", "goal", "met"}
     assert all(wanted <= set(row) for row in content["rows"])
@@ -144,3 +145,8 @@ def test_results_say_what_was_met_and_where(tmp_path: Path) -> None:
     shown = table(content)
     assert "| half (`fast`) | 1 s | 2 s | **0.5** (0.3 .. 0.5) | 3 | <= 0.5 | yes |" in shown
     assert ">= 3 | **no**" in shown and "- `start`: why." in shown
+    write_results(path, machine(2), [alone("slow", "again", [1.0], None)], [{"id": "curve"}], content)
+    again = json.loads(path.read_text())
+    assert [row["what"] for row in again["rows"]] == ["half", "again", "a start"] and again["curves"] == [
+        {"id": "curve"}
+    ]
