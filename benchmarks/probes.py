@@ -123,7 +123,7 @@ def probe_rows(where: Setting, pairs: int) -> Iterator[Row]:
     probes.ask(False)
     yield _same_ranks(probes, exact)
     for name, what, peer, goal in _timings(probes):
-        yield compared(name, what, alternate(probes.ours, peer, pairs if goal else pairs // 2), goal)
+        yield compared(name, what, alternate(probes.ours, peer, pairs if goal else (pairs + 1) // 2), goal)
 
 
 def _same_ranks(probes: Probes, exact: Profile) -> Row:
