@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cola_core.arithmetic.flops import ROUNDS, forward
 from cola_core.arithmetic.shape import Work
 from cola_core.config.base import read_yaml
 from cola_core.config.params import Params, check_params
+from cola_core.errors import UserError
 from cola_core.evaluation.answers import answer
 from cola_core.files import write_json
 from cola_core.links import KNOT_ROWS, open_chain, run_link
@@ -168,6 +170,22 @@ def test_what_is_not_prepared_is_not_known(root: Path) -> None:
         found = cost(task, "1", params, size)
         assert found is not None and found.flops is None and found.memory >= size.weights * 4
     assert cost("fetch", None, params, size) is None
+
+
+def test_half_of_the_files_is_none_and_a_torn_one_is_named(root: Path) -> None:
+    torn = root / "artifacts/prepare/probe.arrow"
+    torn.write_bytes(torn.read_bytes()[:40])
+    with pytest.raises(UserError, match=r"probe\.arrow: not a prepared split"):
+        sizes(root)
+    torn.unlink()
+    assert known(root).splits == {}
+    model = root / "artifacts/fetch/model"
+    model.unlink()  # a link to what all tests share
+    shutil.copytree(base_of("llama"), model)
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"safetensors: not a whole safetensors file"):
+        sizes(root)
 
 
 def test_the_page_has_the_tables_that_the_formulas_give() -> None:
