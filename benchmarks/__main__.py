@@ -36,6 +36,8 @@ def main(
     threads: Annotated[int, typer.Option(help="of torch, on both sides")] = 2,
 ) -> None:
     """Measure this project beside its peers."""
+    if unknown := set(only or ()) - set(PARTS):
+        raise typer.BadParameter(f"--only {min(unknown)}: no such part; allowed: {', '.join(PARTS)}")
     quiet()
     torch.set_num_threads(threads)
     started, about, rows, lines = time.monotonic(), machine(threads), list[Row](), list[dict[str, Any]]()
