@@ -12,9 +12,8 @@ from benchmarks.setting import Setting
 from cola_core.chain import Link, read_chain, write_link
 from cola_core.config.recipe import MachineConfig, ScheduleConfig
 from cola_core.evaluation.answers import answer
-from cola_core.files import read_json
 from cola_core.links import LinkJob, open_chain, run_link
-from cola_core.root import write_root
+from cola_core.root import base_manifest, write_root
 from cola_core.targets import select_targets
 from cola_core.train import mean_loss
 
@@ -43,7 +42,7 @@ def _train(where: Setting, folder: Path, machine: MachineConfig, steps: int) -> 
     """Links of uniform rank, trained, checked and written as the pipeline does."""
     write_root(folder / "links/0/adapter", where.base, len(where.task.labels), {})
     chain = read_chain(folder / "links/0/adapter")
-    names = select_targets(read_json(where.base / "cola.json")["modules"], where.params.targets)
+    names = select_targets(base_manifest(where.base)["modules"], where.params.targets)
     for number in range(1, LINKS + 1):
         job = LinkJob(
             base=where.base,

@@ -23,11 +23,13 @@ from cola_core.data.encode import Codec, encode
 from cola_core.data.examples import read_examples
 from cola_core.data.prepared import write_prepared
 from cola_core.data.splits import split
+from cola_core.health import Course
 from cola_core.models import adaptable, load_base, place, weight_shape
-from cola_core.rows import Row, Task, read_rows
+from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
+from cola_core.split_files import read_rows
 from cola_core.targets import select_targets
-from cola_core.train import Course, Training
+from cola_core.train import Training
 from flows.compose import compose
 
 __all__ = ["ROOT", "Ours", "Setting", "setting"]

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cola_core.adapters import Pair
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json
+from cola_core.tensors import load_tensors, save_tensors
 
 __all__ = ["Adapter", "read_adapter", "write_adapter"]
 
@@ -51,8 +50,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         if pair.bias is not None:
             tensors[f"{PREFIX}{name}.bias"] = pair.bias
     tensors |= {f"{PREFIX}{name}": value for name, value in adapter.head.items()}
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "adapter_model.safetensors", tensors)
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -63,13 +61,7 @@ def read_adapter(folder: Path) -> Adapter:
     """
     config = read_json(folder / "adapter_config.json")
     path = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc checkout`") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
-    short = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    short = {name.removeprefix(PREFIX): tensor for name, tensor in load_tensors(path).items()}
     pairs, alpha = {}, {}
     for name in config["target_modules"]:
         if f"{name}.lora_A.weight" not in short or f"{name}.lora_B.weight" not in short:

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cola_core.adapter_files import Adapter, read_adapter, write_adapter
 from cola_core.adapters import Pair, add_pair
 from cola_core.errors import UserError
-from cola_core.files import new_dir, read_json, tree_hash
+from cola_core.files import new_dir, tree_hash
 from cola_core.models import head_parameters
 from cola_core.root import seal
+from cola_core.sealed import damaged, inside, read_sealed
+from cola_core.tensors import load_tensors
 
-__all__ = ["Link", "read_chain", "tie", "write_link"]
+__all__ = ["Link", "head_of", "pairs_by_module", "read_chain", "tie", "write_link"]
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,14 @@ class Link:
         """0 for the root."""
         return int(self.record["link"])
 
+    @property
+    def kept(self) -> bool:
+        """Whether the link is part of the model; one that its policy dropped only keeps its place in the chain."""
+        return bool(self.record.get("kept", True))
+
     def adapter(self) -> Adapter:
         """The adapter's files, read."""
         return read_adapter(self.folder)
-
-    def head(self) -> dict[str, Tensor]:
-        """An encoder's head after this link, empty for language models."""
-        if self.number > 0:
-            return self.adapter().head
-        path = self.folder / "head.safetensors"
-        try:
-            return load_file(path) if path.exists() else {}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
 
 
 def write_link(folder: Path, adapter: Adapter, record: dict[str, Any], extra: dict[str, str]) -> None:
@@ -88,24 +83,30 @@ def read_chain(folder: Path) -> list[Link]:
     return chain[::-1]
 
 
+def head_of(chain: Sequence[Link]) -> dict[str, Tensor]:
+    """An encoder's head after the last link that was kept, empty for language models."""
+    last = next(link for link in reversed(chain) if link.kept)
+    if last.number > 0:
+        return last.adapter().head
+    path = last.folder / "head.safetensors"
+    return load_tensors(path) if path.exists() else {}
+
+
 def tie(model: PreTrainedModel, chain: Sequence[Link]) -> Iterator[tuple[int, dict[str, float]]]:
     """Tie every knot of `chain` into a model in its master dtype, and give it the last head (laws 3 and 5).
 
     Yields:
-        after each link: its number and the relative merge error of every module.
+        after each link: its number and the relative merge error of every module; nothing merged, no error.
 
     Raises:
         UserError: a weight is not finite after a merge.
     """
     for link in chain[1:]:
-        adapter = link.adapter()
-        yield (
-            link.number,
-            {name: _add(model.get_submodule(name), name, pair, link) for name, pair in adapter.pairs.items()},
-        )
+        pairs = _pairs(link)
+        yield link.number, {name: _add(model.get_submodule(name), name, pair, link) for name, pair in pairs.items()}
     head = head_parameters(model)
     with torch.no_grad():
-        for name, tensor in chain[-1].head().items():
+        for name, tensor in head_of(chain).items():
             head[name].copy_(tensor)
 
 
@@ -113,9 +114,13 @@ def pairs_by_module(chain: Sequence[Link]) -> dict[str, list[Pair]]:
     """module -> the pairs that the chain has merged into it, in order."""
     merged: dict[str, list[Pair]] = {}
     for link in chain[1:]:
-        for name, pair in link.adapter().pairs.items():
+        for name, pair in _pairs(link).items():
             merged.setdefault(name, []).append(pair)
     return merged
+
+
+def _pairs(link: Link) -> dict[str, Pair]:
+    return link.adapter().pairs if link.kept else {}
 
 
 def _add(module: nn.Module, name: str, pair: Pair, link: Link) -> float:
@@ -127,11 +132,9 @@ def _add(module: nn.Module, name: str, pair: Pair, link: Link) -> float:
 
 
 def _read_link(folder: Path) -> Link:
-    record = read_json(folder / "link.json")
+    record = read_sealed(folder / "link.json", "link")
     for name, expected in record["files"].items():
-        path = folder / name
-        if not path.exists() or tree_hash(path) != expected:
-            raise UserError(
-                f"{path}: {'changed' if path.exists() else 'missing'} since the link was written; `dvc checkout`"
-            )
+        path = inside(folder, name)
+        if not path.is_file() or tree_hash(path) != expected:
+            raise damaged(path)
     return Link(folder, record, tree_hash(folder / "link.json"))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
 from cola_core.files import new_file
+from cola_core.tensors import digest, save_tensors
 
-__all__ = ["Progress", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Progress", "load_checkpoint", "random_state", "save_checkpoint"]
+
+FORMAT = "2"
 
 
 @dataclass
@@ -24,7 +26,8 @@ class Progress:
     """Where a link stands: the data cursor is `step`, since the order of rows is fixed by the seed.
 
     losses: one {step, loss, learning_rate, tokens, validation} per step done; best_step, best_loss: of the adapter kept
-    so far; waiting: validations since it improved; best: its tensors by parameter name.
+    so far; waiting: validations since it improved; best: its tensors by parameter name; random: the generators' states
+    after the last step.
     """
 
     step: int = 0
@@ -34,9 +37,17 @@ class Progress:
     waiting: int = 0
     losses: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
+    random: dict[str, Tensor] = field(default_factory=dict)
 
 
 Named = dict[str, Parameter]
+TENSORS = ("best", "random")
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of torch's global generators, which dropout draws from."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
 
 
 def save_checkpoint(path: Path, progress: Progress, named: Named, optimizer: torch.optim.Optimizer) -> None:
@@ -44,41 +55,65 @@ def save_checkpoint(path: Path, progress: Progress, named: Named, optimizer: tor
 
     Args:
         named: every trained parameter by name.
+
+    Raises:
+        OSError: what the disk refused.
     """
-    tensors = {f"parameter/{name}": p.detach() for name, p in named.items()}
-    tensors |= {f"best/{name}": tensor for name, tensor in progress.best.items()}
+    tensors: dict[str, Tensor] = {f"parameter/{name}": p.detach() for name, p in named.items()}
+    for part in TENSORS:
+        tensors |= {f"{part}/{name}": tensor for name, tensor in getattr(progress, part).items()}
     tensors |= dict(_optimizer_tensors(optimizer, named))
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    state = {f.name: getattr(progress, f.name) for f in fields(progress) if f.name != "best"}
+    state = {f.name: getattr(progress, f.name) for f in fields(progress) if f.name not in TENSORS}
     stored = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps(state)
     with new_file(path) as temporary:
-        save_file(stored, temporary, metadata={"progress": json.dumps(state)})
+        save_tensors(temporary, stored, {"format": FORMAT, "progress": text, "checksum": _checksum(stored, text)})
 
 
 def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a saved state back into `named` and `optimizer`; a fresh start where there is no usable file."""
+    """Put a saved state back into `named` and `optimizer`; a fresh start, and a line, where the file is not usable.
+
+    A link repeats its steps then, and ends the same.
+    """
     if not path.exists():
         return Progress()
     try:
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return Progress()  # cut off before its rename was durable: the link repeats its steps and ends the same
+        progress, tensors = _read(path)
+        if named.keys() != _below(tensors, "parameter/").keys():
+            raise ValueError("its parameters are not this link's")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        print(f"{path}: not usable ({error}); the link starts from its first step", flush=True)
+        return Progress()
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[f"parameter/{name}"])
     for name, parameter in named.items():
-        prefix = f"optimizer/{name}/"
-        saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        saved = _below(tensors, f"optimizer/{name}/")
         optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in saved.items()}
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
-    best = {key.removeprefix("best/"): value for key, value in tensors.items() if key.startswith("best/")}
-    return Progress(**{**state, "best": best})
+    torch.set_rng_state(progress.random["cpu"])
+    if "cuda" in progress.random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(progress.random["cuda"])
+    return progress
+
+
+def _read(path: Path) -> tuple[Progress, dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata() or {}
+        if told.get("format") != FORMAT:
+            raise ValueError(f"format {told.get('format')!r}, this version reads {FORMAT!r}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+    if told["checksum"] != _checksum(tensors, told["progress"]):
+        raise ValueError("changed since it was written")
+    state: dict[str, Any] = json.loads(told["progress"])
+    return Progress(**state, best=_below(tensors, "best/"), random=_below(tensors, "random/")), tensors
+
+
+def _checksum(tensors: Mapping[str, Tensor], progress: str) -> str:
+    return digest({**tensors, "progress": torch.frombuffer(bytearray(progress.encode()), dtype=torch.uint8)})
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Named) -> Iterator[tuple[str, Tensor]]:

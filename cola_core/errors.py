@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["RetryError", "UserError", "suggest"]
+__all__ = ["RetryError", "UserError", "of_the_system", "suggest"]
+
+PASSING = {"ENOSPC", "EDQUOT", "EIO", "EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "ESTALE", "ETIMEDOUT", "EBUSY"}
 
 
 class UserError(Exception):
@@ -18,6 +21,15 @@ class RetryError(Exception):
     """Something outside is missing for the moment (network, server, disk); the same call may succeed later."""
 
     exit_code = 75
+
+
+def of_the_system(error: OSError) -> UserError | RetryError:
+    """What the operating system refused: a full disk may have room later, a read-only folder is the user's to mend."""
+    name = errno.errorcode.get(error.errno or 0, "")
+    line = f"{error.filename or 'the disk'}: {error.strerror or error}"
+    if name in PASSING:
+        return RetryError(f"{line}; nothing written before is lost, the same command goes on once this is mended")
+    return UserError(line)
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from cola_core.adapter_files import Adapter, write_adapter
 from cola_core.adapters import Pair
-from cola_core.chain import Link, pairs_by_module
+from cola_core.chain import Link, head_of, pairs_by_module
 from cola_core.errors import UserError
 
 __all__ = ["chain_manifest", "flat_adapter", "portable_adapter", "write_flat"]
 
-COPIED = ("steps", "kept_step", "tokens", "probe_tokens", "trainable_parameters", "validation_loss")
+COPIED = (
+    *("kept", "steps", "kept_step", "tokens", "probe_tokens", "trainable_parameters"),
+    *("validation_before", "validation_loss"),
+)
 
 
 def flat_adapter(chain: Sequence[Link]) -> Adapter:
@@ -25,14 +28,16 @@ def flat_adapter(chain: Sequence[Link]) -> Adapter:
     dW = sum_i s_i B_i A_i = [s_1 B_1 ... s_M B_M] [A_1; ...; A_M]; its own scale is 1 (alpha = r in every module).
 
     Raises:
-        UserError: a link trained biases, which PEFT's readers do not agree on.
+        UserError: no link was kept, or one trained biases, which PEFT's readers do not agree on.
     """
     last, merged = chain[-1].adapter(), pairs_by_module(chain)
     if any(pair.bias is not None for parts in merged.values() for pair in parts):
         raise UserError("merge.flat_adapter: links trained with link.bias=lora export as a merged checkpoint only")
+    if not merged:
+        raise UserError("merge.flat_adapter: no link was kept, so the chain is the base and there is no adapter")
     pairs = {name: _concatenate(parts) for name, parts in merged.items()}
     alpha = {name: float(pair.rank) for name, pair in pairs.items()}
-    return Adapter(pairs, last.base, last.kind, alpha, False, last.transposed, last.head)
+    return Adapter(pairs, last.base, last.kind, alpha, False, last.transposed, head_of(chain))
 
 
 def portable_adapter(flat: Adapter) -> Adapter:
@@ -81,7 +86,7 @@ def _entry(link: Link, errors: dict[str, float]) -> dict[str, Any]:
         "seed": link.record["seed"],
         "ranks": {name: pair.rank for name, pair in pairs.items()},
         "scale": {name: pair.scale for name, pair in pairs.items()},
-        "merge_error_max": max(errors.values()),
+        "merge_error_max": max(errors.values(), default=0.0),
         **{key: link.record[key] for key in COPIED},
     }
 

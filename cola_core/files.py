@@ -1,46 +1,63 @@
-"""Files that are whole or absent: every write goes to a temporary sibling, is fsynced and renamed."""
+"""Files that are whole or absent: every write goes to a temporary folder beside its target, is fsynced and renamed.
+
+A temporary folder `.name.*.cola-tmp` holds a kernel lock for as long as its process lives. Whoever makes the next one
+in the same place removes those without a lock, so a killed process leaves nothing for long.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cola_core.errors import UserError
 
-__all__ = ["new_dir", "new_file", "read_json", "tree_hash", "write_json"]
+__all__ = ["SUFFIX", "new_dir", "new_file", "read_json", "scratch", "sweep", "tree_hash", "write_json"]
+
+SUFFIX = ".cola-tmp"
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def scratch(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a new folder in `parent`, named after `name`, and remove it when the block ends.
+
+    Raises:
+        OSError: `parent` cannot be written.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep(parent)
+    folder, lock = _locked_folder(parent, name)
     try:
-        os.fsync(descriptor)
+        yield folder
     finally:
-        os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep(parent: Path) -> list[Path]:
+    """Remove the temporary folders in `parent` whose process is gone; returns them."""
+    return [path for path in sorted(parent.glob(f".*{SUFFIX}")) if _abandoned(path)]
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name of `path` when the block ends well.
+    """Yield a temporary path of the same name; it takes the place of `path` when the block ends well.
 
     Raises:
         OSError: the folder cannot be written; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
+    with scratch(path.parent, path.name) as folder:
+        yield folder / path.name
+        _sync(folder / path.name)
+        (folder / path.name).replace(path)
         _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -50,19 +67,15 @@ def new_dir(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
+    with scratch(path.parent, path.name) as folder, scratch(path.parent, path.name) as grave:
+        folder.chmod(0o755)
+        yield folder
+        for file in sorted(folder.rglob("*")):
             _sync(file)
         if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+            path.replace(grave / path.name)  # at once, where removing file by file could be cut off halfway
+        folder.replace(path)
         _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -79,9 +92,9 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; run the stage that writes it, or `dvc checkout`") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error}); restore it with `dvc checkout`") from None
 
 
@@ -98,3 +111,39 @@ def tree_hash(path: Path) -> str:
         raise UserError(f"{path}: no such file or folder")
     lines = [f"{f.relative_to(path).as_posix()} {tree_hash(f)}\n" for f in sorted(path.rglob("*")) if f.is_file()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _locked_folder(parent: Path, name: str) -> tuple[Path, int]:
+    """A new folder and the descriptor that holds its lock: a shared one, all that some network file systems grant."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=SUFFIX, dir=parent))
+        lock = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks: nobody can take the folder for abandoned either
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)  # another process swept it before it was locked
+
+
+def _abandoned(folder: Path) -> bool:
+    """Remove `folder` if no living process holds it; whether it did."""
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+        return not folder.exists()
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -6,8 +6,9 @@ by whoever opens the chain next; `run_link` proves beforehand that tying it chan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from cola_core.adapters import Pair, add_pair, attach, detach
 from cola_core.axes.bases import BASES
 from cola_core.axes.initialisers import INITIALISERS, Start
 from cola_core.axes.parametrisations import PARAMETRISATIONS
-from cola_core.chain import Link, tie
+from cola_core.chain import Link, head_of, tie
 from cola_core.checkpoints import Progress
 from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
+from cola_core.health import Course
 from cola_core.models import adaptable, head_parameters, load_base, place, weight_shape
 from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
-from cola_core.train import Course, Training
+from cola_core.train import Training, mean_loss
 
 __all__ = ["LinkJob", "open_chain", "run_link", "sample_scores"]
 
@@ -74,6 +76,7 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
     """
     objective = open_chain(job.base, job.chain, job.task, job.machine, job.config.base_dropout)  # W^(i-1), frozen
     model, number = objective.model, len(job.chain)
+    without = mean_loss(objective, job.validation, job.config) if job.config.keep_link == "if_better" else None
     if job.config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     pairs = initial_pairs(model, job, number)  # a fresh pair on the residual
@@ -81,14 +84,17 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
     offset = sum(link.record["link_section"]["steps"] for link in job.chain[1:])
     course = Course(job.config, job.schedule, job.seed, number, offset, job.checkpoint)
     training = Training(objective, layers, job.train, job.validation, course)
-    for event in training:
-        report({**event, "steps": job.config.steps})
-    rows = job.validation[:KNOT_ROWS]
-    scores = sample_scores(objective, rows)
-    adapter = _adapter(model, job)
-    progress = training.progress
+    try:
+        for event in training:
+            report({**event, "steps": job.config.steps})
+    except (KeyboardInterrupt, SystemExit):
+        training.keep()
+        raise
+    scores = sample_scores(objective, job.validation[:KNOT_ROWS])
+    adapter, progress = _adapter(model, job), training.progress
     del objective, model, layers, training
-    return adapter, _record(job, adapter, progress, _check_knot(job, adapter, scores, rows)), progress
+    record = _record(job, adapter, progress, without)
+    return adapter, {**record, "knot": _knot(job, adapter, scores, record["kept"])}, progress
 
 
 def open_chain(
@@ -125,6 +131,15 @@ def sample_scores(objective: Objective, rows: Sequence[Row]) -> Tensor:
         return objective.scores(objective.scoring_batch(rows)).cpu().double()  # MPS has no float64
 
 
+def _knot(job: LinkJob, adapter: Adapter, scores: Tensor, kept: bool) -> dict[str, Any]:
+    """Tie the knot, or leave the chain as it was: then the scores are those of the chain without the link."""
+    rows = job.validation[:KNOT_ROWS]
+    if kept:
+        return _check_knot(job, adapter, scores, rows)
+    before = sample_scores(open_chain(job.base, job.chain, job.task, job.machine), rows)
+    return _check_knot(job, replace(adapter, pairs={}, head=head_of(job.chain)), before, rows)
+
+
 def _check_knot(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[Row]) -> dict[str, Any]:
     """Law 2: rebuild the chain from files, merge the new pair, and compare the scores with the trained model's.
 
@@ -137,7 +152,7 @@ def _check_knot(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[R
     model = load_base(job.base, job.machine, len(job.task.labels))
     for _ in tie(model, job.chain):
         pass
-    errors = [add_pair(model.get_submodule(name), pair) for name, pair in adapter.pairs.items()]
+    errors = {name: add_pair(model.get_submodule(name), pair) for name, pair in adapter.pairs.items()}
     with torch.no_grad():
         for name, parameter in head_parameters(model).items():
             parameter.copy_(adapter.head[name])
@@ -146,16 +161,24 @@ def _check_knot(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[R
     moved = float((after - before).abs().max())
     allowed = BASES[job.machine.dtype].tolerance * max(1.0, float(before.abs().max()))
     if not moved <= allowed:
-        raise UserError(
-            f"link {len(job.chain)}: merging it moves a score by {moved:.3g}, more than {allowed:.3g}; not tied"
-        )
+        raise UserError(_untied(job, f"moves a score by {moved:.3g}, more than {allowed:.3g}", errors))
     return {
         "score_change": moved,
-        "merge_error_max": max(errors),
-        "merge_error_mean": sum(errors) / len(errors),
+        "merge_error_max": max(errors.values(), default=0.0),
+        "merge_error_mean": sum(errors.values()) / max(1, len(errors)),
         "rows": [row.id for row in rows],
         "scores": after.tolist(),
     }
+
+
+def _untied(job: LinkJob, what: str, errors: Mapping[str, float]) -> str:
+    """The line about a knot that was not tied; `not x <= y` finds NaN, which is no maximum of anything."""
+    worst = max(errors, key=lambda name: errors[name] if errors[name] <= math.inf else math.inf, default="no module")
+    return (
+        f"link {len(job.chain)}, after step {job.config.steps}: merging it {what}: the knot is not tied; the largest "
+        f"merge error is that of {worst}; link.learning_rate is {job.config.learning_rate:g}: try a tenth of it "
+        "or machine.dtype=fp32"
+    )
 
 
 def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:
@@ -173,9 +196,15 @@ def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:
     )
 
 
-def _record(job: LinkJob, adapter: Adapter, progress: Progress, knot: dict[str, Any]) -> dict[str, Any]:
-    """The content of link.json, file hashes apart; no time, host or path stands in it."""
+def _record(job: LinkJob, adapter: Adapter, progress: Progress, without: float | None) -> dict[str, Any]:
+    """The content of link.json, knot and file hashes apart; no time, host or path stands in it.
+
+    Args:
+        without: validation loss of the chain before this link, where the policy asks for it.
+    """
     best = job.config.keep == "best"
+    loss = progress.best_loss if best else progress.losses[-1]["validation"]
+    assert loss is not None, "the last step is always validated"
     return {
         "link": len(job.chain),
         "parent": {"link": job.chain[-1].number, "hash": job.chain[-1].hash},
@@ -187,10 +216,11 @@ def _record(job: LinkJob, adapter: Adapter, progress: Progress, knot: dict[str, 
         "optimizer_state_at_start": "empty",
         "steps": progress.step,
         "kept_step": progress.best_step if best else progress.step,
-        "validation_loss": progress.best_loss if best else progress.losses[-1]["validation"],
+        "kept": without is None or loss < without,
+        "validation_before": without,
+        "validation_loss": loss,
         "tokens": progress.tokens,
         "probe_tokens": job.probe_tokens,
         "ranks": {name: pair.rank for name, pair in adapter.pairs.items()},
         "trainable_parameters": sum(p.a.numel() + p.b.numel() for p in adapter.pairs.values()),
-        "knot": knot,
     }

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from cola_core.axes.bases import BASES
 from cola_core.config.recipe import MachineConfig
 from cola_core.errors import UserError
-from cola_core.root import base_manifest
+from cola_core.root import base_manifest, check_base
 
 __all__ = [
     "adaptable",
@@ -43,9 +43,9 @@ def load_base(path: Path, machine: MachineConfig, labels: int = 0, dropout: floa
         dropout: every dropout probability of the base itself.
 
     Raises:
-        UserError: the directory is not a base that transformers can read.
+        UserError: a file has changed since it was fetched, or transformers cannot read the directory.
     """
-    kind = base_manifest(path)["kind"]
+    kind = check_base(path)["kind"]
     torch.set_num_threads(machine.threads)
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)

@@ -19,10 +19,11 @@ from cola_core.data.examples import Example
 from cola_core.data.templates import template
 from cola_core.errors import RetryError, UserError
 from cola_core.evaluation.answers import answer
-from cola_core.files import read_json, tree_hash
+from cola_core.files import tree_hash
 from cola_core.models import load_base, place
 from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
+from cola_core.sealed import inside, read_sealed
 
 __all__ = ["Predictor"]
 
@@ -47,13 +48,13 @@ class Predictor:
             UserError: the base is not in the cache and its reference no longer gives the same weights.
             RetryError: the base is not in the cache and cannot be fetched now.
         """
-        serve, task = read_json(folder / "serve.json"), Task.read(folder / "task.json")
+        serve, task = read_sealed(folder / "serve.json", "serve"), Task.read(folder / "task.json")
         machine = MachineConfig(device="cpu", threads=torch.get_num_threads(), dtype=serve["dtype"])
         merged = (folder / "checkpoint").is_dir()
         base = folder / "checkpoint" if merged else _base(serve["base"])
         model = load_base(base, machine, len(task.labels))
         if not merged:
-            for _ in tie(model, read_chain(folder / "links" / serve["final"] / "adapter")):
+            for _ in tie(model, read_chain(inside(folder / "links", serve["final"]) / "adapter")):
                 pass
         objective = Objective(place(model, machine), serve["base"]["kind"], task)
         return cls(objective, Codec.load(base), parse(PrepareConfig, serve["prepare"], "prepare"))

@@ -5,17 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cola_core.files import new_dir, read_json, tree_hash, write_json
+from cola_core.files import new_dir, tree_hash
+from cola_core.sealed import check_files, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["base_manifest", "seal", "write_root"]
+__all__ = ["base_manifest", "check_base", "seal", "write_root"]
 
 
 def base_manifest(path: Path) -> dict[str, Any]:
     """cola.json of a base directory, and under `hash` the hash that names the base in chains."""
-    return {**read_json(path / "cola.json"), "hash": tree_hash(path / "cola.json")}
+    return {**read_sealed(path / "cola.json", "base"), "hash": tree_hash(path / "cola.json")}
+
+
+def check_base(path: Path, weights: bool = True) -> dict[str, Any]:
+    """`base_manifest`, once the base's files are found to be what was fetched.
+
+    Raises:
+        UserError: the first file that is missing or changed.
+    """
+    manifest = base_manifest(path)
+    sums = manifest["checksums"].items()
+    check_files(path, {name: value for name, value in sums if weights or not name.endswith(".safetensors")})
+    return manifest
 
 
 def write_root(folder: Path, base: Path, labels: int, head: dict[str, Tensor]) -> None:
@@ -23,10 +36,9 @@ def write_root(folder: Path, base: Path, labels: int, head: dict[str, Tensor]) -
     manifest = base_manifest(base)
     with new_dir(folder) as temporary:
         if head:
-            from safetensors.torch import save_file
+            from cola_core.tensors import save_tensors
 
-            whole = {name: tensor.contiguous() for name, tensor in head.items()}
-            save_file(whole, temporary / "head.safetensors", metadata={"format": "pt"})
+            save_tensors(temporary / "head.safetensors", head)
         reference = {key: manifest[key] for key in ("asset", "hash", "kind", "family")}
         seal(temporary, {"link": 0, "parent": None, "base": reference, "labels": labels})
 
@@ -34,4 +46,4 @@ def write_root(folder: Path, base: Path, labels: int, head: dict[str, Tensor]) -
 def seal(folder: Path, record: dict[str, Any]) -> None:
     """Write link.json, after everything else: it names every other file by hash."""
     files = {file.name: tree_hash(file) for file in sorted(folder.iterdir())}
-    write_json(folder / "link.json", {**record, "files": files})
+    write_sealed(folder / "link.json", "link", {**record, "files": files})

@@ -1,19 +1,18 @@
-"""Prepared rows, how they are read, in which order, and which of them are computed together."""
+"""The task and its prepared rows, in which order they are read, and which of them are computed together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
 
 from cola_core.errors import UserError
-from cola_core.files import read_json
+from cola_core.sealed import read_sealed
 from cola_core.seeds import derive
 
-__all__ = ["PACKABLE", "Row", "Task", "group_by_length", "order", "read_rows"]
+__all__ = ["PACKABLE", "Row", "Task", "group_by_length", "order"]
 
 # Families whose attention and positions are known to take rows laid end to end; T5's relative positions are counted
 # over the whole row.
@@ -39,7 +38,7 @@ class Task:
     @classmethod
     def read(cls, path: Path) -> Task:
         """Read task.json; raises UserError where a field is missing."""
-        content = read_json(path)
+        content = read_sealed(path, "task")
         missing = [f.name for f in fields(cls) if f.name not in content]
         if missing:
             raise UserError(f"{path}: {missing[0]}: missing; run `dvc repro prepare`")
@@ -55,51 +54,6 @@ class Row:
     answer: list[int]
     label: int
     reference: str
-
-
-class Split(Sequence[Row]):
-    """One prepared split in its memory-mapped file: a row becomes a Python object only when it is asked for."""
-
-    def __init__(self, table: Any) -> None:
-        self.table = table
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return Row(**self.table.slice(index % len(self), 1).to_pylist()[0])
-
-    def __iter__(self) -> Iterator[Row]:
-        for batch in self.table.to_batches(max_chunksize=1024):
-            yield from (Row(**row) for row in batch.to_pylist())
-
-
-def read_rows(path: Path) -> Split:
-    """Open one prepared split.
-
-    Raises:
-        UserError: the file is missing, truncated or not a prepared split.
-    """
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
-            table = reader.read_all()  # nothing is copied: the table's buffers are the mapped file
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc repro prepare`, or `dvc checkout`") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a prepared split ({error}); restore it with `dvc checkout`") from None
-    if set(table.column_names) != {field.name for field in fields(Row)}:
-        raise UserError(f"{path}: not a prepared split (columns {', '.join(table.column_names)}); `dvc checkout`")
-    return Split(table)
 
 
 def order(rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,31 +15,16 @@ from transformers import PreTrainedModel
 from cola_core.adapters import LoRA
 from cola_core.axes.schedules import learning_rate_factor
 from cola_core.axes.updates import build_optimizer
-from cola_core.checkpoints import Progress, load_checkpoint, save_checkpoint
-from cola_core.config.recipe import LinkConfig, ScheduleConfig
-from cola_core.errors import UserError
+from cola_core.checkpoints import Progress, load_checkpoint, random_state, save_checkpoint
+from cola_core.config.recipe import LinkConfig
+from cola_core.health import Course, check_divergence, check_finite, not_finite
+from cola_core.interrupts import uninterrupted
 from cola_core.models import head_parameters
 from cola_core.rows import Row, order
 from cola_core.scoring import Objective
 from cola_core.seeds import derive
 
-__all__ = ["Course", "Training", "mean_loss", "trained_parameters"]
-
-
-@dataclass(frozen=True)
-class Course:
-    """What a link is trained by.
-
-    offset: optimizer steps of all earlier links (the global learning rate goes on from there);
-    checkpoint: where to keep the resume state, None for nowhere.
-    """
-
-    config: LinkConfig
-    schedule: ScheduleConfig
-    seed: int
-    link: int
-    offset: int = 0
-    checkpoint: Path | None = None
+__all__ = ["Training", "mean_loss", "trained_parameters"]
 
 
 class Training:
@@ -69,54 +52,75 @@ class Training:
         torch.manual_seed(derive(course.seed, course.link, "dropout"))
         kept = course.checkpoint
         self.progress = load_checkpoint(kept, self.named, self.optimizer) if kept else Progress()
+        self.progress.random = self.progress.random or random_state()
+        self.kept_step = self.progress.step
         self.plan = order(len(train), config.batch, config.steps, derive(course.seed, course.link, "data"))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Train to the end.
 
         Raises:
-            UserError: a loss or a gradient stopped being finite; says at which step and what to try.
+            UserError: a loss or a gradient stopped being finite, or the link diverged; says where and what to try.
         """
         config, progress = self.course.config, self.progress
-        for step in range(progress.step, config.steps):
-            if config.patience is not None and progress.waiting >= config.patience:
-                break
-            event = self._step(step, [self.train[i] for i in self.plan[step]])
-            progress.step, progress.tokens = step + 1, progress.tokens + event["tokens"]
-            if progress.step % config.validate_every == 0 or progress.step == config.steps:
-                event["validation"] = mean_loss(self.objective, self.validation, config)
-                if not math.isfinite(event["validation"]):
-                    raise _not_finite("the validation loss", self.course, step)
-                _keep_best(progress, event["validation"], self.named)
-            progress.losses.append(event)
-            yield event
-            if self.course.checkpoint and progress.step % config.checkpoint_every == 0:
-                save_checkpoint(self.course.checkpoint, progress, self.named, self.optimizer)
+        while self._validation_due() or self._step_due():
+            if not self._validation_due():
+                self._step(progress.step, [self.train[i] for i in self.plan[progress.step]])
+            if self._validation_due():
+                self._validate()
+            check_divergence(progress.losses, self.course, self.named)
+            yield progress.losses[-1]
+            if progress.step % config.checkpoint_every == 0:
+                self.keep()
         if config.keep == "best" and progress.best:
             _restore(self.named, progress.best)
         self.objective.eval()
 
-    def _step(self, step: int, rows: Sequence[Row]) -> dict[str, Any]:
+    def keep(self) -> None:
+        """Write the checkpoint of the last whole step, if it has none yet; also right after being interrupted."""
+        if self.course.checkpoint and self.kept_step != self.progress.step:
+            save_checkpoint(self.course.checkpoint, self.progress, self.named, self.optimizer)
+            self.kept_step = self.progress.step
+
+    def _step_due(self) -> bool:
+        config, progress = self.course.config, self.progress
+        patient = config.patience is None or progress.waiting < config.patience
+        return progress.step < config.steps and patient
+
+    def _validation_due(self) -> bool:
+        """Whether the last step asks for a validation that it has not had: the run may have stopped between them."""
+        config, step = self.course.config, self.progress.step
+        asked = step > 0 and (step % config.validate_every == 0 or step == config.steps)
+        return asked and self.progress.losses[-1]["validation"] is None
+
+    def _validate(self) -> None:
+        progress, config = self.progress, self.course.config
+        loss = mean_loss(self.objective, self.validation, config)
+        if not math.isfinite(loss):
+            raise not_finite("the validation loss", self.course, progress.step)
+        with uninterrupted():
+            progress.losses[-1]["validation"] = loss
+            _keep_best(progress, loss, self.named)
+
+    def _step(self, step: int, rows: Sequence[Row]) -> None:
         """One optimizer step over `rows`; the loss is normalised by the supervised units of the whole step."""
-        config, accelerator = self.course.config, self.accelerator
+        config, accelerator, progress = self.course.config, self.accelerator, self.progress
         self.objective.train(config.dropout > 0 or config.base_dropout > 0 or config.activation_checkpointing)
         factor = learning_rate_factor(step, self.course.offset, self.course.schedule, config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         mine = rows[accelerator.process_index :: accelerator.num_processes]
         mean, tokens = self._gradients(mine)
-        _check_finite(mean, self.named, self.course, step)
+        check_finite(mean, self.named, self.course, step + 1)
         if config.clip is not None:
             accelerator.clip_grad_norm_(list(self.named.values()), config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return {
-            "step": step + 1,
-            "loss": mean,
-            "learning_rate": config.learning_rate * factor,
-            "tokens": tokens,
-            "validation": None,
-        }
+        rate = config.learning_rate * factor
+        event = {"step": step + 1, "loss": mean, "learning_rate": rate, "tokens": tokens, "validation": None}
+        with uninterrupted():  # parameters and progress always tell of the same step
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            progress.step, progress.tokens, progress.random = step + 1, progress.tokens + tokens, random_state()
+            progress.losses.append(event)
 
     def _gradients(self, mine: Sequence[Row]) -> tuple[float, int]:
         """Accumulate the gradient of the mean loss over this process's rows, group by group of similar length.
@@ -178,18 +182,3 @@ def _restore(named: Mapping[str, Parameter], best: Mapping[str, Tensor]) -> None
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(best[name])
-
-
-def _check_finite(loss: float, named: Mapping[str, Parameter], course: Course, step: int) -> None:
-    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
-    if math.isfinite(loss) and math.isfinite(torch.nn.utils.get_total_norm(gradients.values())):
-        return
-    bad = [name for name, gradient in gradients.items() if not math.isfinite(gradient.norm())]
-    raise _not_finite(f"the gradient of {bad[0]}" if bad else "the loss or its gradient", course, step)
-
-
-def _not_finite(what: str, course: Course, step: int) -> UserError:
-    return UserError(
-        f"link {course.link}, step {step + 1}: {what} is not finite at link.learning_rate "
-        f"{course.config.learning_rate:g}; try a tenth of it, link.clip=1.0 or machine.dtype=fp32"
-    )

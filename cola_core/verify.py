@@ -12,9 +12,12 @@ from cola_core.axes.bases import BASES
 from cola_core.chain import read_chain
 from cola_core.config.recipe import MachineConfig
 from cola_core.errors import UserError
-from cola_core.files import read_json, tree_hash
+from cola_core.files import tree_hash
 from cola_core.links import open_chain, sample_scores
-from cola_core.rows import Task, read_rows
+from cola_core.root import base_manifest
+from cola_core.rows import Task
+from cola_core.sealed import damaged, inside
+from cola_core.split_files import read_rows
 
 __all__ = ["Verdict", "verify_chain"]
 
@@ -63,6 +66,7 @@ def _check_base(base: Path, expected: str) -> None:
         raise UserError(
             f"{base}: is another base ({found[:12]}) than the chain's ({expected[:12]}); run `dvc checkout`"
         )
-    for name, digest in read_json(base / "cola.json")["files"].items():
-        if not (base / name).exists() or tree_hash(base / name) != digest:
-            raise UserError(f"{base / name}: missing or changed since it was fetched; run `dvc checkout`")
+    for name, digest in base_manifest(base)["files"].items():
+        path = inside(base, name)
+        if not path.is_file() or tree_hash(path) != digest:
+            raise damaged(path)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cola_core.assets.cache import cache_root
+from cola_core.files import SUFFIX, sweep
 from flows.locks import try_lock
 from flows.snapshot import git
 from flows.workspace import runs
@@ -64,9 +66,12 @@ def _resume(folder: Path, limit: float) -> Iterator[Path]:
 
 
 def _temporaries(root: Path, folder: Path) -> Iterator[Path]:
-    """`.name.*.tmp` siblings that `cola_core.files` left when its process was killed, older than a day."""
-    for place in (folder.parent / "records", folder.parent / "resume", root / "artifacts"):
+    """What killed processes left half-written: folders of `cola_core.files` at once, files of DVC after a day."""
+    for place in (folder.parent, root / "artifacts", cache_root()):
+        for parent in sorted({path.parent for path in place.rglob(f".*{SUFFIX}")}):
+            yield from sweep(parent)
+    for place in (root / "artifacts", root / ".dvc" / "cache"):
         for path in sorted(place.rglob(".*.tmp")):
-            if path.exists() and path.stat().st_mtime < time.time() - DAY:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_file() and path.stat().st_mtime < time.time() - DAY:
+                path.unlink()
                 yield path

@@ -10,6 +10,7 @@ from cola_core.config.params import check_params
 from cola_core.config.task import PrepareConfig
 from cola_core.errors import UserError
 from cola_core.files import read_json
+from cola_core.root import base_manifest
 from flows.child import quiet
 from flows.compose import compose
 
@@ -49,7 +50,7 @@ def _no_tokenizer(asset: str) -> str | None:
     """Why no tokens can be counted as the model `asset` would, if so."""
     if not (MODEL / "cola.json").is_file():
         return f"no tokens counted: {MODEL} is not there; token counts and truncations need `dvc repro fetch`"
-    if (found := read_json(MODEL / "cola.json").get("asset")) != asset:
+    if (found := base_manifest(MODEL)["asset"]) != asset:
         return f"no tokens counted: {MODEL} holds {found}, not {asset}; with that in params.yaml, `dvc repro fetch`"
     return None
 

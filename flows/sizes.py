@@ -11,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 from cola_core.arithmetic.shape import Shape
 from cola_core.errors import UserError
 from cola_core.files import read_json
-from cola_core.rows import Task, read_rows
+from cola_core.root import base_manifest
+from cola_core.rows import Task
+from cola_core.split_files import read_rows
 
 __all__ = ["Lengths", "Sizes", "sizes"]
 
@@ -52,7 +54,7 @@ def sizes(root: Path) -> Sizes | None:
     model, prepared = root / "artifacts/fetch/model", root / "artifacts/prepare"
     if not (model / "cola.json").is_file():
         return None
-    base = read_json(model / "cola.json")
+    base = base_manifest(model)
     config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
     modules = {name: (shape[0], shape[1]) for name, shape in base["modules"].items()}
     files = {name: prepared / f"{name}.arrow" for name in ("train", "validation", "test", "probe")}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cola_core.arithmetic.shape import Work
 from cola_core.config.recipe import BaseStore, LinkConfig, MachineConfig
-from cola_core.files import read_json
+from cola_core.root import base_manifest
 
 if TYPE_CHECKING:
     from cola_core.batches import Batch
@@ -60,12 +60,13 @@ def measure(
     """
     import torch
 
-    from cola_core.rows import Task, read_rows
+    from cola_core.rows import Task
     from cola_core.scoring import Objective
+    from cola_core.split_files import read_rows
 
     task = Task.read(root / "artifacts/prepare/task.json")
     rows = read_rows(root / "artifacts/prepare/train.arrow")[: config.batch]
-    kind = read_json(root / "artifacts/fetch/model/cola.json")["kind"]
+    kind = base_manifest(root / "artifacts/fetch/model")["kind"]
     for machine in machines:
         torch.set_num_threads(machine.threads)
         objective = Objective(_adapted(root, ranks, machine, len(task.labels)), kind, task)

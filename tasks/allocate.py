@@ -12,16 +12,16 @@ def main(context: Context) -> Done:
     """Write ranks.json: importance, advantage, rank, clamp hits, budget asked and spent."""
     from cola_core.axes.allocators import allocate
     from cola_core.config.recipe import AllocateConfig
-    from cola_core.files import read_json, write_json
+    from cola_core.sealed import read_sealed, write_sealed
 
     assert context.key, "allocate runs for one link"
     source = link_dir(context.raw["chain"][context.key]["profile_from"], "profile")
-    modules = read_json(source / "profile.json")["modules"]
+    modules = read_sealed(source / "profile.json", "profile")["modules"]
     shapes = {name: (m["shape"][0], m["shape"][1]) for name, m in modules.items()}
     importance = {name: m["importance"] for name, m in modules.items() if "importance" in m}
     result = allocate(shapes, importance, context.section(AllocateConfig, "allocate"))
     path = ARTIFACTS / "links" / context.key / "ranks.json"
-    write_json(path, result.to_json())
+    write_sealed(path, "ranks", result.to_json())
     ranks = result.ranks.values()
     print(
         f"allocate: ranks {min(ranks)} to {max(ranks)} over {len(ranks)} modules, {result.spent:,} of "

@@ -23,7 +23,8 @@ def test_sample(context: Context) -> tuple[Task, list[Row]]:
     """The task and the rows that every model of this run is scored on."""
     from cola_core.config.report import EvaluateConfig
     from cola_core.evaluation.answers import sample
-    from cola_core.rows import Task, read_rows
+    from cola_core.rows import Task
+    from cola_core.split_files import read_rows
 
     config = context.section(EvaluateConfig, "evaluate")
     rows = sample(read_rows(PREPARED / "test.arrow"), config.rows, context.value("seed"))

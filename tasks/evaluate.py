@@ -25,10 +25,12 @@ def main(context: Context) -> Done:
     from cola_core.evaluation.report import write_report
     from cola_core.evaluation.scoreboard import scoreboard
     from cola_core.files import new_dir, read_json, write_json
+    from cola_core.sealed import check_files, seal_folder
 
     config, seed = context.section(EvaluateConfig, "evaluate"), context.value("seed")
     task, rows = test_sample(context)
     chain = read_chain(link_dir(context.value("final")))
+    check_files(EVALUATE_BASE)
     found = _prefixes(context, chain, config.prefixes, task, rows)
     classes = task.kind != "generate"
     prefixes = {name: summary(a.predicted, a.gold, a.loss, config, seed, classes) for name, a in found.items()}
@@ -38,6 +40,7 @@ def main(context: Context) -> Done:
         write_json(folder / "metrics.json", metrics)
         write_predictions(folder / "predictions.arrow", rows, {f"links_{k}": a for k, a in found.items()})
         write_report(folder, metrics, chain, found[last], task.labels)
+        seal_folder(folder)
     print(scoreboard(metrics), flush=True)
     return Done(
         _flat(metrics),

@@ -17,7 +17,8 @@ def main(context: Context) -> Done:
     from cola_core.evaluation.answers import write_predictions
     from cola_core.evaluation.metrics import majority, summary
     from cola_core.files import new_dir, write_json
-    from cola_core.rows import read_rows
+    from cola_core.sealed import seal_folder
+    from cola_core.split_files import read_rows
 
     config, seed = context.section(EvaluateConfig, "evaluate"), context.value("seed")
     task, rows = test_sample(context)
@@ -30,6 +31,7 @@ def main(context: Context) -> Done:
     with new_dir(OUT) as folder:
         write_json(folder / "metrics.json", metrics)
         write_predictions(folder / "predictions.arrow", rows, {"base": found})
+        seal_folder(folder)
     flat = {f"{name}_{key}": value for name, numbers in metrics.items() for key, value in numbers.items()}
     return Done(flat, [link_dir("0"), PREPARED / "test.arrow"], [OUT], [OUT / "metrics.json"])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cola_core.errors import UserError, suggest
 from cola_core.files import new_dir
+from cola_core.sealed import check_files
 from tasks.places import ARTIFACTS
 from tasks.release import card
 from tasks.stage import open_context
@@ -32,6 +33,7 @@ def export(directory: Path, form: str) -> Path:
         raise UserError(f"{source}: not there; set merge.{form}: true in params.yaml and run `dvc repro merge`")
     if directory.exists():
         raise UserError(f"{directory}: exists already; export writes new folders only")
+    check_files(ARTIFACTS / "merge")
     text = card(open_context("register", None))
     with new_dir(directory) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)

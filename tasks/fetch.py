@@ -11,6 +11,7 @@ from cola_core.assets.references import opened
 from cola_core.config.task import AssetConfig, FetchConfig
 from cola_core.errors import UserError, suggest
 from cola_core.files import new_dir
+from cola_core.sealed import seal_folder
 from tasks.places import ARTIFACTS
 from tasks.stage import Context, Done, run
 
@@ -35,6 +36,7 @@ def main(context: Context) -> Done:
                 _copy(asset, tables, name)
         for file in sorted(base_folder(fetch.model.asset, fetch.model.sha256, fetch.model.kind).iterdir()):
             _link(file, weights / file.name)
+        seal_folder(tables)
     sizes = {part.name: sum(file.stat().st_size for file in part.iterdir()) for part in (model, data)}
     return Done(metrics={f"{name}_bytes": float(size) for name, size in sizes.items()}, outputs=[model, data])
 

@@ -40,8 +40,8 @@ def _fit(context: Context, task: Task) -> tuple[dict[str, Tensor], dict[str, Any
     from cola_core.config.task import HeadConfig
     from cola_core.head import fit_head
     from cola_core.models import load_base, place
-    from cola_core.rows import read_rows
     from cola_core.scoring import Objective
+    from cola_core.split_files import read_rows
 
     machine = context.section(MachineConfig, "machine")
     model = place(load_base(BASE, machine, len(task.labels)), machine)

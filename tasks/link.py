@@ -35,7 +35,13 @@ def main(context: Context) -> Done:
 
         adapter, record, result = run_link(job(folder / "state.safetensors"), report)
         write_link(out, adapter, record, {"losses.csv": _csv(result.losses)})
-    names = ("steps", "kept_step", "validation_loss", "tokens", "probe_tokens", "trainable_parameters")
+    if not record["kept"]:
+        print(
+            f"{context.stage}: dropped: the validation loss is {record['validation_loss']:.4f} with it, "
+            f"{record['validation_before']:.4f} without",
+            flush=True,
+        )
+    names = ("kept", "steps", "kept_step", "validation_loss", "tokens", "probe_tokens", "trainable_parameters")
     knot = {f"knot_{name}": record["knot"][name] for name in ("score_change", "merge_error_max")}
     metrics = {**{name: float(record[name]) for name in names}, **knot}
     series = {name: [[e["step"], e[name]] for e in result.losses if e[name] is not None] for name in CURVES}
@@ -61,9 +67,10 @@ def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]
 
     from cola_core.chain import read_chain
     from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
-    from cola_core.files import read_json
     from cola_core.links import LinkJob
-    from cola_core.rows import Task, read_rows
+    from cola_core.rows import Task
+    from cola_core.sealed import read_sealed
+    from cola_core.split_files import read_rows
 
     config = context.section(LinkConfig, "link")
     return partial(
@@ -75,7 +82,7 @@ def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]
         context.section(ScheduleConfig, "schedule"),
         config,
         context.value("seed"),
-        read_json(inputs["ranks"])["ranks"],
+        read_sealed(inputs["ranks"], "ranks")["ranks"],
         _sketches(inputs["profile"]) if config.initialiser == "gora" else {},
         read_rows(inputs["train"]),
         read_rows(inputs["validation"]),
@@ -85,23 +92,18 @@ def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]
 
 def _probe_tokens(context: Context, profile: Path) -> int:
     """What this link's own probe has cost; one that an earlier link took was charged there (law 9)."""
-    from cola_core.files import read_json
+    from cola_core.sealed import read_sealed
 
     own = context.raw["chain"][context.key]["profile_from"] == context.key
-    return int(read_json(profile / "profile.json").get("tokens", 0)) if own else 0
+    return int(read_sealed(profile / "profile.json", "profile").get("tokens", 0)) if own else 0
 
 
 def _sketches(profile: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from cola_core.sealed import check_files
+    from cola_core.tensors import load_tensors
 
-    from cola_core.errors import UserError
-
-    path = profile / "sketch.safetensors"
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
+    check_files(profile)
+    return load_tensors(profile / "sketch.safetensors")
 
 
 @contextmanager

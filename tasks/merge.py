@@ -24,7 +24,8 @@ def main(context: Context) -> Done:
     from cola_core.config.recipe import MachineConfig
     from cola_core.config.report import MergeConfig
     from cola_core.export import chain_manifest, flat_adapter, portable_adapter, write_flat
-    from cola_core.files import new_dir, write_json
+    from cola_core.files import new_dir
+    from cola_core.sealed import seal_folder, write_sealed
 
     config, machine = context.section(MergeConfig, "merge"), context.section(MachineConfig, "machine")
     last = link_dir(context.value("final"))
@@ -32,16 +33,18 @@ def main(context: Context) -> Done:
     chain = read_chain(last)
     with new_dir(ARTIFACTS / "merge") as folder:
         errors = _merge(chain, machine, folder / "checkpoint" if config.checkpoint else None)
-        if config.flat_adapter or config.portable_adapter:
+        if (config.flat_adapter or config.portable_adapter) and any(link.kept for link in chain[1:]):
             flat = flat_adapter(chain)
             if config.flat_adapter:
                 write_flat(folder / "flat_adapter", flat)
             if config.portable_adapter:
                 write_flat(folder / "portable_adapter", portable_adapter(flat))
         manifest = chain_manifest(chain, errors)
-        write_json(folder / "chain.json", manifest)
-    print(f"merge: {len(chain) - 1} links, chain {manifest['hash'][:12]}", flush=True)
-    worst = max(max(modules.values()) for modules in errors.values())
+        write_sealed(folder / "chain.json", "chain", manifest)
+        seal_folder(folder)
+    kept = sum(link.kept for link in chain[1:])
+    print(f"merge: {kept} of {len(chain) - 1} links, chain {manifest['hash'][:12]}", flush=True)
+    worst = max((error for modules in errors.values() for error in modules.values()), default=0.0)
     return Done({"merge_error_max": worst}, [BASE, last], [ARTIFACTS / "merge"], [ARTIFACTS / "merge/chain.json"])
 
 

@@ -30,11 +30,13 @@ def main(context: Context) -> Done:
     from cola_core.data.prepared import write_prepared
     from cola_core.data.splits import split
     from cola_core.files import new_dir
+    from cola_core.sealed import check_files
 
     config, seed = context.section(PrepareConfig, "prepare"), context.value("seed")
     train, test = data_file("train"), data_file("test")
     if train is None:
         raise UserError(f"{DATA}: no train file; run the stage `fetch` first")
+    check_files(DATA)
     splits = split(read_examples(train, config), read_examples(test, config) if test else None, config, seed)
     codec = Codec.load(MODEL)
     encoded = {name: encode(part, config, codec) for name, part in splits.parts().items()}

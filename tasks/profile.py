@@ -14,23 +14,26 @@ BASE, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare"
 def main(context: Context) -> Done:
     """Write profile.json and sketch.safetensors; without a probe only the modules' names and shapes, and no torch."""
     from cola_core.config.recipe import ProfileConfig
-    from cola_core.files import new_dir, read_json, write_json
+    from cola_core.files import new_dir
+    from cola_core.root import base_manifest
+    from cola_core.sealed import seal_folder, write_sealed
     from cola_core.targets import select_targets
 
     assert context.key, "profile runs for one link"
     config = context.section(ProfileConfig, "profile")
-    shapes = read_json(BASE / "cola.json")["modules"]
+    shapes = base_manifest(BASE)["modules"]
     names = select_targets(shapes, context.value("targets"))
     found: dict[str, Any] = {"probe": config.probe, "modules": {name: {"shape": shapes[name]} for name in names}}
     sketches: dict[str, Any] = {}
     if config.probe != "none":
         sketches = _probe(context, config, found)
     with new_dir(link_dir(context.key, "profile")) as folder:
-        write_json(folder / "profile.json", found)
+        write_sealed(folder / "profile.json", "profile", found)
         if sketches:
-            from safetensors.torch import save_file
+            from cola_core.tensors import save_tensors
 
-            save_file(sketches, folder / "sketch.safetensors", metadata={"format": "pt"})
+            save_tensors(folder / "sketch.safetensors", sketches)
+        seal_folder(folder)
     out = link_dir(context.key, "profile")
     return Done(_metrics(found), [_parent(context)], [out], [out / "profile.json"])
 
@@ -41,8 +44,9 @@ def _probe(context: Context, config: Any, found: dict[str, Any]) -> dict[str, An
     from cola_core.config.recipe import MachineConfig
     from cola_core.models import load_base, place
     from cola_core.probe import probe
-    from cola_core.rows import Task, read_rows
+    from cola_core.rows import Task
     from cola_core.scoring import Objective
+    from cola_core.split_files import read_rows
 
     machine = context.section(MachineConfig, "machine")
     chain, task = read_chain(_parent(context)), Task.read(PREPARED / "task.json")

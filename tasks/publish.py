@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import cola_core
 from cola_core.data.templates import template
 from cola_core.errors import UserError
-from cola_core.files import write_json
-from tasks.places import ARTIFACTS
+from cola_core.files import scratch
+from cola_core.sealed import write_sealed
+from tasks.places import ARTIFACTS, home
 from tasks.release import FOLDER, Release, pack, read_release, registration
 from tasks.stage import identity
 from tasks.store import Store, mask
@@ -47,18 +47,18 @@ def publish(store: Store, release: Release, card: str) -> str:
 
 def restore(store: Store) -> None:
     """Register again what registration.json of this checkout tells of, if the store has lost it."""
-    found = read_release()
-    if found is None or _find(store, found[0]):
-        return
-    release, content = found
     try:
+        found = read_release()
+        if found is None or _find(store, found[0]):
+            return
+        release, content = found
         version = publish(store, release, (FOLDER / "README.md").read_text(encoding="utf-8"))
     except (FileNotFoundError, UserError) as error:
-        print(f"sync: {release.name} is not registered again: {error}", file=sys.stderr, flush=True)
+        print(f"sync: the model is not registered again: {error}", file=sys.stderr, flush=True)
         return
     again = registration(release, version, ALIAS, mask(store.uri))
-    if again != content:
-        write_json(FOLDER / "registration.json", again)
+    if any(content.get(key) != value for key, value in again.items()):
+        write_sealed(FOLDER / "registration.json", "registration", again)
 
 
 def _find(store: Store, release: Release) -> str | None:
@@ -115,8 +115,8 @@ def _upload(store: Store, release: Release, model_id: str) -> None:
 
     from tasks import served_model  # MLflow takes its path; the import makes it a dependency of the stage
 
-    with tempfile.TemporaryDirectory() as folder:
-        chain, model = Path(folder) / "chain", Path(folder) / "model"
+    with scratch(home(), "model") as folder:
+        chain, model = folder / "chain", folder / "model"
         pack(release, chain)
         pyfunc.save_model(
             model,
@@ -127,7 +127,7 @@ def _upload(store: Store, release: Release, model_id: str) -> None:
             mlflow_model=Model(model_uuid=model_id, model_id=model_id),
             **_schema(release),
         )
-        manifest = (model / "MLmodel").rename(Path(folder) / "MLmodel")
+        manifest = (model / "MLmodel").rename(folder / "MLmodel")
         store.client.log_model_artifacts(model_id, str(model))
         store.client.log_model_artifact(model_id, str(manifest))
 

@@ -14,7 +14,8 @@ def main(context: Context) -> Done:
         UserError: a stage before has not run, or the store refuses the name.
         RetryError: MLflow cannot be reached; nothing is lost.
     """
-    from cola_core.files import new_dir, write_json
+    from cola_core.files import new_dir
+    from cola_core.sealed import write_sealed
     from tasks.places import ARTIFACTS
     from tasks.publish import ALIAS, publish
     from tasks.release import FOLDER, card, gather, registration
@@ -28,7 +29,7 @@ def main(context: Context) -> Done:
         address = mask(store.uri)
     with new_dir(FOLDER) as folder:
         (folder / "README.md").write_text(text, encoding="utf-8")
-        write_json(folder / "registration.json", registration(release, version, ALIAS, address))
+        write_sealed(folder / "registration.json", "registration", registration(release, version, ALIAS, address))
     print(f"register: {release.name} version {version} is the {ALIAS}: models:/{release.name}@{ALIAS}", flush=True)
     inputs = [ARTIFACTS / "merge", ARTIFACTS / "evaluate"]
     return Done({"version": float(version), **release.scores}, inputs, [FOLDER], [FOLDER / "README.md"])

@@ -17,7 +17,9 @@ from cola_core.config.report import RegisterConfig
 from cola_core.config.task import FetchConfig, PrepareConfig
 from cola_core.errors import UserError
 from cola_core.evaluation.card import Facts, render_card
-from cola_core.files import read_json, write_json
+from cola_core.files import read_json
+from cola_core.root import base_manifest
+from cola_core.sealed import check_files, read_sealed, write_sealed
 from tasks.places import ARTIFACTS, link_dir
 from tasks.stage import Context
 
@@ -58,7 +60,9 @@ def gather(context: Context) -> Release:
         UserError: a stage before has not run, or merged weights are asked for and were not made.
     """
     register, fetch = context.section(RegisterConfig, "register"), context.section(FetchConfig, "fetch")
-    chain, metrics = read_json(ARTIFACTS / "merge/chain.json"), read_json(ARTIFACTS / "evaluate/metrics.json")
+    for name in ("merge", "evaluate"):
+        check_files(ARTIFACTS / name)
+    chain, metrics = read_chain_json(), read_json(ARTIFACTS / "evaluate/metrics.json")
     if register.merged and not (ARTIFACTS / "merge/checkpoint").is_dir():
         raise UserError("params.yaml: register.merged: true needs merge.checkpoint: true")
     keep_base(ARTIFACTS / "fetch/model")
@@ -79,7 +83,7 @@ def card(context: Context) -> str:
     Raises:
         UserError: params.yaml has changed since the chain was trained, so the card would tell of another one.
     """
-    chain, fetch = read_json(ARTIFACTS / "merge/chain.json"), context.section(FetchConfig, "fetch")
+    chain, fetch = read_chain_json(), context.section(FetchConfig, "fetch")
     links = [str(link["link"]) for link in chain["links"]]
     _check_unchanged(context, links)
     data = {"train": fetch.data.train.asset, **({"test": fetch.data.test.asset} if fetch.data.test else {})}
@@ -91,7 +95,7 @@ def card(context: Context) -> str:
             kind=context.section(PrepareConfig, "prepare").kind,
             seed=context.value("seed"),
             chain=chain,
-            note=read_json(ARTIFACTS / "fetch/model/cola.json")["note"],
+            note=base_manifest(ARTIFACTS / "fetch/model")["note"],
             axes=_axes(context, links),
             data=data,
             manifest=read_json(ARTIFACTS / "prepare/manifest.json"),
@@ -107,16 +111,17 @@ def pack(release: Release, folder: Path) -> None:
         UserError: the artifacts hold another chain than the release.
     """
     merge = ARTIFACTS / "merge"
-    chain = read_json(merge / "chain.json")
+    chain = read_chain_json()
     if chain["hash"] != release.chain:
         raise UserError(f"{merge}: holds chain {chain['hash'][:12]}, not {release.chain[:12]}; run `dvc repro`")
     folder.mkdir(parents=True)
     shutil.copyfile(merge / "chain.json", folder / "chain.json")
     shutil.copyfile(ARTIFACTS / "prepare/task.json", folder / "task.json")
-    write_json(folder / "serve.json", release.serve)
+    write_sealed(folder / "serve.json", "serve", release.serve)
     if release.merged:
         shutil.copytree(merge / "checkpoint", folder / "checkpoint")
-        write_json(folder / "checkpoint/cola.json", {**release.serve["base"], "note": None, "files": {}})
+        base = {**release.serve["base"], "note": None, "files": {}, "checksums": {}}
+        write_sealed(folder / "checkpoint/cola.json", "base", base)
         return
     for key in ["0", *(str(link["link"]) for link in chain["links"])]:
         shutil.copytree(link_dir(key), folder / "links" / key / "adapter")
@@ -127,7 +132,7 @@ def read_release() -> tuple[Release, dict[str, Any]] | None:
     path = FOLDER / "registration.json"
     if not path.is_file():
         return None
-    content = read_json(path)
+    content = read_sealed(path, "registration")
     return Release(**content["release"]), content
 
 
@@ -137,13 +142,18 @@ def registration(release: Release, version: str, alias: str, store: str) -> dict
     return {**top, "release": asdict(release)}
 
 
+def read_chain_json() -> dict[str, Any]:
+    """chain.json of the artifacts."""
+    return read_sealed(ARTIFACTS / "merge/chain.json", "chain")
+
+
 def _check_unchanged(context: Context, links: list[str]) -> None:
     if links != list(context.raw["chain"]):
         raise UserError(
             f"params.yaml: chain: has other links than the trained chain ({', '.join(links)}); run `dvc repro`"
         )
     for key in links:
-        record = read_json(link_dir(key) / "link.json")
+        record = read_sealed(link_dir(key) / "link.json", "link")
         for name, model in TRAINED.items():
             now = context.section(model, name, key if name == "link" else None).model_dump()
             if now != record[f"{name}_section"]:

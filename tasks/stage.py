@@ -8,9 +8,11 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +21,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from cola_core.config.base import parse, read_yaml
-from cola_core.errors import RetryError, UserError
+from cola_core.errors import RetryError, UserError, of_the_system
 from cola_core.files import read_json, tree_hash, write_json
+from cola_core.sealed import write_sealed
 from tasks.places import home
 
 __all__ = ["Context", "Done", "run"]
@@ -143,7 +146,7 @@ def record(context: Context, done: Done, started: float, status: str = "FINISHED
         "artifacts": [str(path.resolve()) for path in done.artifacts],
     }
     path = home() / "records" / f"{context.stage}-{context.record_id}.json"
-    write_json(path, content)
+    write_sealed(path, "record", content)
     return path
 
 
@@ -153,28 +156,53 @@ def run(stage: Callable[[Context], Done]) -> None:
         os.environ.setdefault(name, value)
     gc.set_threshold(IMPORTED)
     atexit.register(gc.freeze)  # nor need Python look through all of it before it goes: a second more
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    if "DVC_STAGE" in os.environ:
+        threading.Thread(target=_follow, args=[os.getppid()], daemon=True).start()
     name = Path(sys.argv[0]).stem
     try:
         context = open_context(name, sys.argv[1] if len(sys.argv) > 1 else None)
         _tracked(stage, context)
     except (UserError, RetryError) as error:
         sys.exit(_complain(name, str(error), error.exit_code))
-    except KeyboardInterrupt:
-        sys.exit(_complain(name, "stopped; the same command goes on from here", 130))
+    except Stopped as stopped:
+        line = "stopped; the same command goes on from here, a link from its last step"
+        sys.exit(_complain(name, line, 128 + stopped.number))
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; what is open is closed and a link's checkpoint is written on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def _stop(number: int, _: object) -> None:
+    raise Stopped(number)
+
+
+def _follow(parent: int) -> None:
+    """Stop when the parent is gone: nobody takes what is made after DVC was killed, and a second would start beside."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _tracked(stage: Callable[[Context], Done], context: Context) -> None:
-    """Run and record; a crash leaves a record too, but a user's mistake leaves nothing."""
+    """Run and record; a crash leaves a record too, but a user's mistake or a full disk leaves nothing."""
     started = time.time()
     try:
-        done = stage(context)
+        record(context, stage(context), started)
     except (UserError, RetryError):
         raise
+    except OSError as error:
+        raise of_the_system(error) from error
     except Exception:
-        record(context, Done(), started, "FAILED")
+        with suppress(OSError):
+            record(context, Done(), started, "FAILED")
         raise
-    record(context, done, started)
 
 
 def _complain(stage: str, line: str, code: int) -> int:
@@ -182,5 +210,6 @@ def _complain(stage: str, line: str, code: int) -> int:
     told = f"{stage}: {' '.join(line.split())}"
     print(told, file=sys.stderr, flush=True)
     if note := os.environ.get("COLA_FAILURE"):
-        write_json(Path(note), {"code": code, "line": told})
+        with suppress(OSError):
+            write_json(Path(note), {"code": code, "line": told})
     return code

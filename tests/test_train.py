@@ -13,7 +13,7 @@ import torch
 
 from cola_core import train
 from cola_core.adapters import LoRA, attach, detach
-from cola_core.chain import read_chain, write_link
+from cola_core.chain import head_of, read_chain, write_link
 from cola_core.config.recipe import MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.links import initial_pairs, open_chain, run_link
@@ -103,7 +103,7 @@ def test_bf16_trains_an_encoders_head_in_fp32(tmp_path: Path) -> None:
     moved = {}
     for machine in (BF16, FP32):
         root = root_of("bert", tmp_path / machine.dtype)
-        before = root[0].head()
+        before = head_of(root)
         head = run_link(job_of("bert", root, machine, head_learning_rate=1e-4))[0].head
         assert all(tensor.dtype == torch.float32 for tensor in head.values())
         moved[machine.dtype] = sum(float((head[name] - before[name]).abs().mean()) for name in head)
@@ -135,7 +135,7 @@ def test_biases_train_only_when_asked(tmp_path: Path) -> None:
 
 def test_an_encoders_head_is_carried_along_the_chain(tmp_path: Path) -> None:
     chain = chain_of("bert", tmp_path, 2, FP32)
-    heads = [link.head()["classifier.weight"] for link in chain]
+    heads = [head_of(chain[: link.number + 1])["classifier.weight"] for link in chain]
     assert not torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[1], heads[2])
     assert torch.equal(model_of("bert", chain, FP32).classifier.weight, heads[2])

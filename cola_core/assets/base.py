@@ -14,7 +14,8 @@ from cola_core.assets.cache import cache_root, locked
 from cola_core.assets.hub import MODEL_FILES
 from cola_core.assets.references import opened
 from cola_core.errors import UserError, suggest
-from cola_core.files import new_dir, read_json, tree_hash, write_json
+from cola_core.files import new_dir, read_json, tree_hash
+from cola_core.sealed import checksum, read_sealed, write_sealed
 
 __all__ = ["base_folder", "find_base", "keep_base"]
 
@@ -27,7 +28,7 @@ TABLES = {
 
 
 # Raise it when cola.json or the conversion changes: folders that older code left in the cache are then made anew.
-FORMAT = 2
+FORMAT = 3
 
 
 def base_folder(asset: str, sha256: str | None, kind: str) -> Path:
@@ -95,7 +96,10 @@ def _whole(folder: Path) -> bool:
     manifest = folder / "cola.json"
     if not manifest.is_file():
         return False
-    files = read_json(manifest)["files"]
+    try:
+        files = read_sealed(manifest, "base")["files"]
+    except UserError:
+        return False  # damaged, or of another version: it is made anew
     return all((folder / name).is_file() and tree_hash(folder / name) == digest for name, digest in files.items())
 
 
@@ -105,10 +109,12 @@ def _make(source: Path, folder: Path, asset: str, kind: str) -> None:
         config = _check(temporary, asset, kind)
         for file in temporary.iterdir():
             file.chmod(0o644)  # safetensors writes 0600
-        files = {file.name: tree_hash(file) for file in sorted(temporary.iterdir())}
-        content = {"asset": asset, "kind": kind, "family": config["model_type"], "note": note, "files": files}
+        files = sorted(temporary.iterdir())
+        content = {"asset": asset, "kind": kind, "family": config["model_type"], "note": note}
+        content["files"] = {file.name: tree_hash(file) for file in files}
+        content["checksums"] = {file.name: checksum(file) for file in files}  # sha256 would cost every stage seconds
         content["modules"] = _modules(temporary, kind)
-        write_json(temporary / "cola.json", content)
+        write_sealed(temporary / "cola.json", "base", content)
 
 
 def _modules(folder: Path, kind: str) -> dict[str, list[int]]:

@@ -84,6 +84,7 @@ class LinkConfig(Strict):
     learning_rate: of A; B's is `ratio` times that under lora_plus; `head_learning_rate` of an encoder's head.
     warmup: fraction of the steps; decay: shape after it, down to `floor` times the peak.
     keep: best = the adapter with the lowest validation loss; last = the one after the last step.
+    keep_link: always, or only if the validation loss with the link is below that without it (one more validation).
     patience: validations without improvement before the link stops early; null = never.
     """
 
@@ -110,6 +111,7 @@ class LinkConfig(Strict):
     decay: Literal["linear", "cosine", "constant"]
     floor: float = Field(ge=0, le=1)
     keep: Literal["best", "last"]
+    keep_link: Literal["always", "if_better"]
     validate_every: int = Field(ge=1)
     patience: int | None = Field(ge=1)
     checkpoint_every: int = Field(ge=1)

@@ -19,6 +19,7 @@ from cola_core.data.templates import template
 from cola_core.data.tokens import open_tokenizer
 from cola_core.errors import UserError
 from cola_core.files import read_json
+from cola_core.root import check_base
 
 __all__ = ["Codec", "Encoded", "candidate_ids", "encode"]
 
@@ -71,8 +72,8 @@ class Codec:
         Raises:
             UserError: no tokenizer stands there, or a seq2seq config does not tell how its decoder starts.
         """
+        kind = check_base(folder, weights=False)["kind"]
         tokenizer = open_tokenizer(folder)
-        kind = read_json(folder / "cola.json")["kind"]
         return cls.of(tokenizer, kind, _decoder_start(folder) if kind == "seq2seq" else None)
 
     def bodies(self, texts: Sequence[str]) -> list[list[int]]:

@@ -65,7 +65,7 @@ def _raw(path: Path, config: PrepareConfig, codec: Codec, rows: int) -> Report:
 
 
 def _prepared(path: Path, codec: Codec, rows: int) -> Report:
-    from cola_core.rows import read_rows  # torch: only where a folder is read
+    from cola_core.split_files import read_rows
 
     manifest = read_json(path / "manifest.json")
     samples = [sample(vars(row), codec) for row in read_rows(path / "train.arrow")[:rows]]

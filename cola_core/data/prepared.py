@@ -6,25 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from cola_core.config.task import PrepareConfig
 from cola_core.data.encode import Codec, Encoded, candidate_ids
 from cola_core.data.examples import label_counts
 from cola_core.files import tree_hash, write_json
+from cola_core.sealed import write_sealed
+from cola_core.split_files import write_rows
 
 __all__ = ["sample", "summary", "write_prepared"]
 
 SAMPLES = 2
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "prompt": pa.list_(pa.int32()),
-        "answer": pa.list_(pa.int32()),
-        "label": pa.int32(),
-        "reference": pa.string(),
-    }
-)
 
 
 def write_prepared(
@@ -46,7 +37,7 @@ def write_prepared(
         The manifest.
     """
     for name, rows in splits.items():
-        _write_split(folder / f"{name}.arrow", rows)
+        write_rows(folder / f"{name}.arrow", rows)
     manifest = {
         "splits": {name: summary(rows, config) for name, rows in splits.items()},
         "files": {path.name: tree_hash(path) for path in raw},
@@ -54,16 +45,9 @@ def write_prepared(
         "probe": [row.id for row in splits["probe"]],
         "samples": [sample(vars(row), codec) for row in splits["train"][:SAMPLES]],
     }
-    write_json(folder / "task.json", _task(config, codec))
+    write_sealed(folder / "task.json", "task", _task(config, codec))
     write_json(folder / "manifest.json", manifest)
     return manifest
-
-
-def _write_split(path: Path, rows: Sequence[Encoded]) -> None:
-    """Write rows as one record batch of an Arrow stream; the same rows give the same bytes."""
-    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in SCHEMA]
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
 
 def _task(config: PrepareConfig, codec: Codec) -> dict[str, Any]:

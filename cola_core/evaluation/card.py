@@ -90,6 +90,8 @@ def _title(facts: Facts) -> str:
 def _recipe(facts: Facts) -> str:
     links = [str(link["link"]) for link in facts.chain["links"]]
     rows = [[axis, *values] for axis, values in facts.axes.items()]
+    if not all(link["kept"] for link in facts.chain["links"]):
+        rows.append(["in the model", *("yes" if link["kept"] else "no, dropped" for link in facts.chain["links"])])
     for key in ("steps", "tokens", "probe_tokens", "trainable_parameters"):
         if all(key in link for link in facts.chain["links"]):
             rows.append([key.replace("_", " "), *(f"{link[key]:,}" for link in facts.chain["links"])])

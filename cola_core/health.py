@@ -1,0 +1,83 @@
+"""When a link's training has gone wrong: numbers that are not finite, and a loss that stays above its start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from cola_core.config.recipe import LinkConfig, ScheduleConfig
+from cola_core.errors import UserError
+
+__all__ = ["Course", "check_divergence", "check_finite", "not_finite"]
+
+# A link has diverged when the mean of its last RECENT losses is more than twice that of its first START ones and more
+# than MARGIN nats above it: the second keeps a link that starts near zero from being stopped for noise.
+START, RECENT = 10, 20
+FACTOR, MARGIN = 2.0, 0.5
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a link is trained by.
+
+    offset: optimizer steps of all earlier links (the global learning rate goes on from there);
+    checkpoint: where to keep the resume state, None for nowhere.
+    """
+
+    config: LinkConfig
+    schedule: ScheduleConfig
+    seed: int
+    link: int
+    offset: int = 0
+    checkpoint: Path | None = None
+
+
+def check_finite(loss: float, named: Mapping[str, Parameter], course: Course, step: int) -> None:
+    """Refuse a loss or a gradient that is not finite, before it reaches a parameter.
+
+    Args:
+        step: 1 for the link's first.
+
+    Raises:
+        UserError: names the first parameter that is concerned.
+    """
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    if math.isfinite(loss) and math.isfinite(torch.nn.utils.get_total_norm(gradients.values())):
+        return
+    bad = [name for name, gradient in gradients.items() if not math.isfinite(gradient.norm())]
+    raise not_finite(f"the gradient of {bad[0]}" if bad else "the loss or its gradient", course, step)
+
+
+def check_divergence(losses: Sequence[Mapping[str, Any]], course: Course, named: Mapping[str, Parameter]) -> None:
+    """Stop a link whose loss has stayed far above its start, which no knot should be tied with.
+
+    Raises:
+        UserError: names the module whose adapter has grown largest.
+    """
+    if len(losses) < START + RECENT:
+        return
+    start, now = (fmean(event["loss"] for event in part) for part in (losses[:START], losses[-RECENT:]))
+    if now <= FACTOR * start or now - start <= MARGIN:
+        return
+    largest = max(named, key=lambda name: float(named[name].detach().norm()))
+    raise UserError(
+        f"link {course.link}, step {len(losses)}: diverged: the last {RECENT} losses are {now:.3g} on average, the "
+        f"first {START} were {start:.3g}; {largest} is the largest parameter; {_advice(course)}"
+    )
+
+
+def not_finite(what: str, course: Course, step: int) -> UserError:
+    """The line about a number that is not finite."""
+    return UserError(f"link {course.link}, step {step}: {what} is not finite; {_advice(course)}")
+
+
+def _advice(course: Course) -> str:
+    clip = "" if course.config.clip else ", link.clip=1.0"
+    return f"link.learning_rate is {course.config.learning_rate:g}: try a tenth of it{clip} or machine.dtype=fp32"

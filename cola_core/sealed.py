@@ -1,0 +1,102 @@
+"""Artifacts that tell when they are not what was written: a format number, a checksum, and a list of a folder's files.
+
+Checksums (XXH3, 128 bits) find damage: a flipped bit, a cut file, an edit by hand. They are no proof against a forger;
+what a chain commits to is sha256 (`files.tree_hash`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from cola_core.errors import UserError
+from cola_core.files import read_json, write_json
+
+__all__ = ["check_files", "checksum", "read_sealed", "seal_folder", "write_sealed"]
+
+# What reads and writes each kind now. 1 was written before formats had numbers (version 0.1).
+FORMATS = {"base": 2, "chain": 2, "files": 2, "link": 2, "profile": 2, "ranks": 2}
+FORMATS |= {"record": 2, "registration": 2, "serve": 2, "task": 2}
+BLOCK = 1 << 22
+
+
+def write_sealed(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON with its kind's format number and a checksum of all of it."""
+    whole = {**content, "format": FORMATS[kind]}
+    whole.pop("checksum", None)
+    write_json(path, {**whole, "checksum": _digest(whole)})
+
+
+def read_sealed(path: Path, kind: str) -> dict[str, Any]:
+    """Read what `write_sealed` wrote.
+
+    Raises:
+        UserError: missing, not JSON, another format, or changed since it was written.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, got {type(content).__name__}; restore it with `dvc checkout`")
+    if (found := content.get("format", 1)) != FORMATS[kind]:
+        raise UserError(
+            f"{path}: {kind} format {found!r}, and this version of cola reads {FORMATS[kind]}; "
+            "`dvc repro` makes it again, the version of cola that wrote it still reads it"
+        )
+    if content.pop("checksum", None) != _digest(content):
+        raise damaged(path)
+    return content
+
+
+def seal_folder(folder: Path) -> None:
+    """Write files.json: every other file below `folder` with its checksum."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "files.json")
+    sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+    write_sealed(folder / "files.json", "files", {"files": sums})
+
+
+def check_files(folder: Path, files: Mapping[str, str] | None = None) -> None:
+    """Compare files below `folder` with their checksums, by default those of its files.json.
+
+    Raises:
+        UserError: the first that is missing or changed, or a name that leads out of the folder.
+    """
+    for name, expected in (read_sealed(folder / "files.json", "files")["files"] if files is None else files).items():
+        path = inside(folder, name)
+        if not path.is_file() or checksum(path) != expected:
+            raise damaged(path)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, for a name that a stranger may have written.
+
+    Raises:
+        UserError: it leads out of the folder.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or ".." in parts or parts[0] == "/" or "\\" in name or "\0" in name:
+        raise UserError(f"{folder}: names a file outside itself ({name!r}); refused")
+    return folder / name
+
+
+def checksum(path: Path, size: int | None = None) -> str:
+    """XXH3 of a file's bytes, or of the first `size` of them; as fast as memory."""
+    digest, left = xxhash.xxh3_128(), path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while left > 0 and (block := file.read(min(left, BLOCK))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def damaged(path: Path) -> UserError:
+    """The one line about a file that is not what was written."""
+    what = "changed since it was written" if path.exists() else "missing"
+    return UserError(f"{path}: {what}; `dvc checkout` restores it, and `cola chain verify` tells whether the cache can")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    return xxhash.xxh3_128(text.encode()).hexdigest()

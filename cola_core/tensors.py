@@ -1,0 +1,57 @@
+"""Tensors on disk as safetensors: every write tells a full disk from a bug, every read tells a torn file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, uint8
+
+from cola_core.errors import UserError
+
+__all__ = ["digest", "load_tensors", "save_tensors"]
+
+ERRNO = re.compile(r"\(os error (\d+)\)")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors of any device and stride; `metadata` is by default what transformers and PEFT look for.
+
+    Raises:
+        OSError: what the disk refused, which safetensors itself hides in a text.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, path, metadata=dict(metadata or {"format": "pt"}))
+    except SafetensorError as error:
+        if number := ERRNO.search(str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file, on the CPU.
+
+    Raises:
+        UserError: missing, or not a whole safetensors file.
+    """
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc checkout`") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """XXH3 over names and contents, which tells whether a tensor is what was saved."""
+    found = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data)
+    return found.hexdigest()
