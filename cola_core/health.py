@@ -17,10 +17,11 @@ from cola_core.errors import UserError
 
 __all__ = ["Course", "check_divergence", "check_finite", "not_finite"]
 
-# A link has diverged when the mean of its last RECENT losses is more than twice that of its first START ones and more
-# than MARGIN nats above it: the second keeps a link that starts near zero from being stopped for noise.
-START, RECENT = 10, 20
-FACTOR, MARGIN = 2.0, 0.5
+# A link has diverged when the mean of its last RECENT losses is more than FACTOR times the lowest of its first START
+# (the second may be a diverged one already) and more than MARGIN nats above it, so that a link that starts near zero is
+# not stopped for noise.
+START, RECENT = 3, 20
+FACTOR, MARGIN = 2.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ def check_divergence(losses: Sequence[Mapping[str, Any]], course: Course, named:
     """
     if len(losses) < START + RECENT:
         return
-    start, now = (fmean(event["loss"] for event in part) for part in (losses[:START], losses[-RECENT:]))
+    start, now = min(event["loss"] for event in losses[:START]), fmean(event["loss"] for event in losses[-RECENT:])
     if now <= FACTOR * start or now - start <= MARGIN:
         return
     largest = max(named, key=lambda name: float(named[name].detach().norm()))
     raise UserError(
-        f"link {course.link}, step {len(losses)}: diverged: the last {RECENT} losses are {now:.3g} on average, the "
-        f"first {START} were {start:.3g}; {largest} is the largest parameter; {_advice(course)}"
+        f"link {course.link}, step {len(losses)}: diverged: the last {RECENT} losses are {now:.3g} on average, "
+        f"its start was {start:.3g}; {largest} is the largest parameter; {_advice(course)}"
     )
 
 

@@ -72,6 +72,7 @@ class Training:
             yield progress.losses[-1]
             if progress.step % config.checkpoint_every == 0:
                 self.keep()
+        self.keep()  # what follows, proving the knot, may be stopped too
         if config.keep == "best" and progress.best:
             _restore(self.named, progress.best)
         self.objective.eval()

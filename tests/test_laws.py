@@ -186,19 +186,20 @@ def test_law_7_a_link_resumes_bit_for_bit(family: str, tmp_path: Path, dropout: 
     job = job_of(family, chain, FP32, dropout=dropout, keep="best", checkpoint=tmp_path / "state.safetensors")
     seen: list[int] = []
 
-    def die_after(step: int) -> Any:
+    def die_after(step: int, how: type[BaseException]) -> Any:
         def report(event: dict[str, Any]) -> None:
             seen.append(event["step"])
             if event["step"] == step:
-                raise KeyboardInterrupt
+                raise how
 
         return report
 
-    for step in (1, 3, 5):
-        with pytest.raises(KeyboardInterrupt):
-            run_link(job, die_after(step))
+    for step, how in ((1, GeneratorExit), (3, GeneratorExit), (4, KeyboardInterrupt), (5, KeyboardInterrupt)):
+        with pytest.raises(how):
+            run_link(job, die_after(step, how))
     resumed, _, progress = run_link(job, lambda event: seen.append(event["step"]))
-    assert seen == [1, 1, 2, 3, 3, 4, 5, 5, 6], "at most the steps since the last checkpoint (every 2) are repeated"
+    told = "killed: at most the steps since the last checkpoint (every 2) are repeated; stopped: none"
+    assert seen == [1, 1, 2, 3, 3, 4, 5, 6], told
     assert progress.losses == undisturbed.losses
     for name, pair in whole.pairs.items():
         assert torch.equal(pair.a, resumed.pairs[name].a)

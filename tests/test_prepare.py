@@ -20,8 +20,8 @@ from cola_core.data.inspection import inspect_file
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
 from cola_core.rows import Row
-from cola_core.sealed import seal_folder, write_sealed
-from cola_core.split_files import read_rows
+from cola_core.sealed import checksum, seal_folder, write_sealed
+from cola_core.split_files import MARK, read_rows
 from tasks import prepare
 from tasks.stage import Context
 
@@ -96,8 +96,10 @@ def test_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str,
     assert manifest["files"]["train.tsv"] == tree_hash(tmp_path / "artifacts/fetch/data/train.tsv")
     assert list(task) == [
         "candidates",
+        "checksum",
         "end",
         "extract",
+        "format",
         "kind",
         "labels",
         "loss",
@@ -265,7 +267,11 @@ def test_every_task_file_is_whole(path: Path) -> None:
 
 def test_another_table_is_no_split(tmp_path: Path) -> None:
     other = pa.table({"id": ["a"], "text": ["b"]})
-    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as sink, pa.ipc.new_stream(sink, other.schema) as out:
+    path = tmp_path / "x.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, other.schema) as out:
         out.write_table(other)
+    with pytest.raises(UserError, match="not a prepared split of this version"):
+        read_rows(path)
+    path.write_bytes(path.read_bytes() + MARK + checksum(path).encode())
     with pytest.raises(UserError, match=r"not a prepared split \(columns id, text\)"):
         read_rows(tmp_path / "x.arrow")
