@@ -53,7 +53,7 @@ class Training:
         kept = course.checkpoint
         self.progress = load_checkpoint(kept, self.named, self.optimizer) if kept else Progress()
         self.progress.random = self.progress.random or random_state()
-        self.kept_step = self.progress.step
+        self.kept = self._point()
         self.plan = order(len(train), config.batch, config.steps, derive(course.seed, course.link, "data"))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -78,10 +78,13 @@ class Training:
         self.objective.eval()
 
     def keep(self) -> None:
-        """Write the checkpoint of the last whole step, if it has none yet; also right after being interrupted."""
-        if self.course.checkpoint and self.kept_step != self.progress.step:
+        """Write the checkpoint of what was done last, if it has none yet; also right after being interrupted."""
+        if self.course.checkpoint and self.kept != self._point():
             save_checkpoint(self.course.checkpoint, self.progress, self.named, self.optimizer)
-            self.kept_step = self.progress.step
+            self.kept = self._point()
+
+    def _point(self) -> tuple[int, bool]:
+        return self.progress.step, self._validation_due()
 
     def _step_due(self) -> bool:
         config, progress = self.course.config, self.progress

@@ -82,7 +82,7 @@ def test_a_link_that_does_not_help_is_dropped_by_policy(family: str, tmp_path: P
     judged: dict[str, Any] = {"keep_link": "if_better", "validation": rows_of(family, 16)}  # what it trains on
     first = chain_of(family, tmp_path, 1, FP32, **judged)
     assert first[1].kept and first[1].record["validation_loss"] < first[1].record["validation_before"]
-    chain = grow(job_of(family, first, FP32, steps=2, **judged, **FAST), tmp_path)
+    chain = grow(job_of(family, first, FP32, steps=2, **judged, **{**FAST, "learning_rate": 100.0}), tmp_path)
     record = chain[2].record
     assert not chain[2].kept and record["validation_loss"] > record["validation_before"]
     rows = rows_of(family, 4)
