@@ -27,6 +27,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := run
 
 run: setup
+	@$(BIN)/python -m flows.mend
 	$(BIN)/dvc repro
 	$(BIN)/python -m tasks.sync
 	@$(BIN)/python -m tasks.show

@@ -1,0 +1,88 @@
+"""Mend what a killed DVC leaves: it writes dvc.lock and its table of locks in place, where a kill cuts them off.
+
+Nothing is lost with them: DVC's run cache restores every stage that dvc.lock told of.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cola_core.errors import RetryError, UserError
+from flows.locks import try_lock
+from flows.project import project
+from flows.workspace import runs
+
+__all__ = ["mend"]
+
+
+def mend(root: Path) -> list[str]:
+    """Remove the cut-off files and abandoned temporaries of DVC in the project at `root`; returns a line for each.
+
+    Nothing is touched while another DVC works there.
+    """
+    if not any(_broken(root)):
+        return []
+    try:
+        with project(root) as repo, repo.lock:
+            return [_remove(path, root) for path in _broken(root)]
+    except RetryError:
+        return []
+
+
+def _broken(root: Path) -> Iterator[Path]:
+    for path, whole in ((root / "dvc.lock", _is_lock_file), (root / ".dvc/tmp/rwlock", _is_lock_table)):
+        if path.is_file() and not whole(path):
+            yield path
+    temporaries = [path for place in ("artifacts", ".dvc/cache") for path in (root / place).rglob(".*.tmp")]
+    if temporaries and not _others_at_work(root):
+        yield from (path for path in temporaries if path.is_file())
+
+
+def _is_lock_file(path: Path) -> bool:
+    """Whether every stage in it is whole, as far as its shape tells."""
+    try:
+        content = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 -- safe
+        return content is None or all(map(_is_stage, content["stages"].values()))
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _is_stage(entry: Any) -> bool:
+    return bool(entry["cmd"]) and all("path" in item for part in ("deps", "outs") for item in entry.get(part, []))
+
+
+def _is_lock_table(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except ValueError:
+        return False
+
+
+def _others_at_work(root: Path) -> bool:
+    """Whether a workspace that shares the cache is held by a run."""
+    for note in runs(root).glob("*.lock"):
+        lock = try_lock(note)
+        if lock is None:
+            return True
+        lock.close()
+    return False
+
+
+def _remove(path: Path, root: Path) -> str:
+    path.unlink(missing_ok=True)
+    return f"removed {path.relative_to(root)}, which a killed DVC had left unfinished"
+
+
+if __name__ == "__main__":
+    try:
+        for line in mend(Path.cwd()):
+            print(line, flush=True)
+    except UserError as error:
+        print(f"mend: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

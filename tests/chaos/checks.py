@@ -1,0 +1,52 @@
+"""What must hold of a project after it was disturbed: the same hashes, nothing left over, everything in MLflow once."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.test_pipeline import environment, hashes
+
+__all__ = ["Outcome", "outcome"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """hashes: of every out in dvc.lock; left: temporaries; runs, versions: of MLflow, by state and name; due: stages
+    that would run again."""
+
+    hashes: dict[str, str]
+    left: list[str]
+    runs: Counter[str]
+    versions: int
+    due: str
+
+    def differences(self, wanted: Outcome) -> list[str]:
+        """What is not as in an undisturbed run, in words."""
+        found = [f"hash of {name} differs" for name, value in wanted.hashes.items() if self.hashes.get(name) != value]
+        found += [f"left over: {name}" for name in self.left]
+        found += [f"{count} MLflow run(s) {state}" for state, count in self.runs.items() if state == "RUNNING"]
+        found += [f"{self.versions} model versions"] * (self.versions != 1)
+        found += [f"would run again: {self.due}"] * bool(self.due)
+        return found
+
+
+def outcome(root: Path, cache: str) -> Outcome:
+    """Look at a project whose last command ended well."""
+    left = [p for place in (root, Path(cache), root.parent / "tmp") for p in place.rglob(".*.cola-tmp")]
+    left += [p for place in ("artifacts", ".dvc/cache") for p in (root / place).rglob(".*.tmp")]
+    left += [p for p in (root / ".cola/live").glob("*") if p.is_file()]
+    left += list((root.parent / "tmp").glob("tmp*"))
+    with sqlite3.connect(root / "mlflow.db") as store:
+        states = Counter(state for (state,) in store.execute("select status from runs"))
+        twice = store.execute("select value from tags where key = 'cola.record' group by value having count(*) > 1")
+        states["twice"] = len(twice.fetchall())
+        (versions,) = store.execute("select count(*) from model_versions").fetchone()
+    command = [sys.executable, "-m", "dvc", "repro", "--dry"]
+    dry = subprocess.run(command, cwd=root, env=environment(cache), capture_output=True, text=True, check=True).stdout
+    due = ", ".join(line.split("'")[1] for line in dry.splitlines() if line.startswith("Running stage"))
+    return Outcome(hashes(root), [str(path) for path in left], states, int(versions), due)

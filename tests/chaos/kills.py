@@ -1,0 +1,212 @@
+"""Kill real runs at random instants, start them again, and see that nothing was lost: `python -m tests.chaos.kills`.
+
+A life is one clone of the project on a tiny model. Its command, `make run` or sometimes `cola run`, is killed with
+SIGKILL, every process of it, and started again until it has ended well. Then its hashes must be an undisturbed run's,
+and nothing may be left over.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from safetensors import safe_open
+
+from tests.chaos.checks import Outcome, outcome
+from tests.test_pipeline import environment, project
+
+__all__ = ["Life", "main"]
+
+MAKE, FLOW = ["make", "run"], [sys.executable, "-m", "flows.cli", "run"]
+PATIENCE = 600.0  # seconds after which a command that was not killed has hung
+TICK = re.compile(r"link@(\d): (\d+)/")
+
+
+@dataclass
+class Trigger:
+    """When to kill: a text in the output or a kind of file that appears, `after` more seconds, or at `latest`."""
+
+    name: str
+    text: str = ""
+    files: str = ""
+    after: float = 0.0
+    latest: float = 9.0
+
+
+def triggers(draw: random.Random) -> Trigger:
+    """A random instant, or one within what is most easily torn."""
+    kinds = [
+        Trigger("any instant", latest=draw.uniform(0.2, 9.0)),
+        Trigger("in a write", files="**/.*.cola-tmp", after=draw.uniform(0.0, 0.01), latest=15.0),
+        Trigger("in a checkpoint", files=".cola/resume/*/.*.cola-tmp", after=draw.uniform(0.0, 0.004), latest=15.0),
+        Trigger("in dvc.lock", text="Updating lock file", after=draw.uniform(0.0, 0.3), latest=15.0),
+        Trigger("in a step", text="link@", after=draw.uniform(0.0, 0.4), latest=15.0),
+        Trigger("at a knot", text="6/6", after=draw.uniform(0.0, 0.8), latest=15.0),
+        Trigger("in merge", text="Running stage 'merge'", after=draw.uniform(0.5, 4.0), latest=15.0),
+        Trigger("between file and MLflow", text="Running stage 'register'", after=draw.uniform(1.0, 8.0), latest=15.0),
+    ]
+    return draw.choice(kinds)
+
+
+@dataclass
+class Life:
+    """One clone, its kills so far, and what went wrong."""
+
+    folder: Path
+    cache: str
+    draw: random.Random
+    kills: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def live(self, most: int, flows: float = 0.2) -> None:
+        """Kill up to `most` times, then let it end; `flows` is the share of commands that are `cola run`."""
+        while len(self.kills) < most and not self.failures:
+            command = FLOW if self.draw.random() < flows else MAKE
+            if not self._start(command, triggers(self.draw)):
+                break
+        if not self.failures:
+            self._start(MAKE, None)
+
+    def _start(self, command: list[str], trigger: Trigger | None) -> bool:
+        """Run the command until it is killed (True) or ends by itself."""
+        before, log = self._kept_steps(), self.folder.parent / "log"
+        with log.open("w") as out:
+            child = subprocess.Popen(
+                command, cwd=self.folder, env=self._environment(), stdout=out, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            killed = self._wait(child, trigger, log)
+        text = log.read_text(errors="replace")
+        self._check_steps(text, before)
+        if killed:
+            self.kills.append(f"{'cola run' if command is FLOW else 'make run'}, {trigger.name if trigger else ''}")
+        elif child.returncode:
+            self.failures.append(f"after {self.kills[-1:]}: exit code {child.returncode}\n{text[-3000:]}")
+        return killed
+
+    def _wait(self, child: subprocess.Popen[bytes], trigger: Trigger | None, log: Path) -> bool:
+        limit = time.monotonic() + (trigger.latest if trigger else PATIENCE)
+        while child.poll() is None:
+            if time.monotonic() > limit or (trigger and self._due(trigger, log)):
+                time.sleep(trigger.after if trigger else 0.0)
+                self._kill()
+                child.wait()
+                if trigger is None:
+                    self.failures.append(f"hung\n{log.read_text(errors='replace')[-3000:]}")
+                return True
+            time.sleep(0.002)
+        return False
+
+    def _due(self, trigger: Trigger, log: Path) -> bool:
+        if trigger.text:
+            return trigger.text in log.read_text(errors="replace")
+        return bool(trigger.files) and next(self.folder.glob(trigger.files), None) is not None
+
+    def _environment(self) -> dict[str, str]:
+        temporary = self.folder.parent / "tmp"
+        temporary.mkdir(exist_ok=True)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        quiet = {"PREFECT_HOME": str(self.folder.parent / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        mark = {"COLA_CHAOS": str(self.folder), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PATH": path}
+        return environment(self.cache) | quiet | mark
+
+    def _kill(self) -> None:
+        """SIGKILL to every process of this life, in whatever group it is."""
+        while found := list(self._processes()):
+            for number in found:
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            time.sleep(0.01)
+
+    def _processes(self) -> Iterator[int]:
+        mark = f"COLA_CHAOS={self.folder}\0".encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if mark in (entry / "environ").read_bytes() and b"\nState:\tZ" not in (entry / "status").read_bytes():
+                    yield int(entry.name)
+
+    def _kept_steps(self) -> list[int]:
+        """The last step of every link that has a checkpoint and has not ended."""
+        import json
+
+        states = (self.folder / ".cola/resume").glob("*/state.safetensors")
+        kept = []
+        for path in (path for path in states if not (path.parent / "done").exists()):
+            with safe_open(path, framework="pt") as file:
+                kept.append(int(json.loads(file.metadata()["progress"])["step"]))
+        return kept
+
+    def _check_steps(self, text: str, kept: list[int]) -> None:
+        """The first step of a link that went on is the one after its checkpoint (or its pending validation)."""
+        first = TICK.search(text)
+        if first and kept and int(first[2]) - 1 not in [*kept, *(step - 1 for step in kept), 0]:
+            self.failures.append(f"link@{first[1]} went on with step {first[2]}, its checkpoint was of step {kept}")
+
+
+def prepare(folder: Path, cache: str) -> Path:
+    """A clone that `make run` takes for set up, and whose links log live from their first step."""
+    folder.mkdir(parents=True)
+    root = project(folder, cache)
+    (root / ".venv").mkdir()
+    for part in Path(sys.prefix).glob("[!.]*"):
+        (root / ".venv" / part.name).symlink_to(part)
+    (root / ".venv/.ready").touch()
+    task = root / "tasks/link.py"
+    task.write_text(task.read_text().replace("LIVE_AFTER = 10.0", "LIVE_AFTER = 0.0"))
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qam", "live"], cwd=root, check=True)
+    return root
+
+
+def undisturbed(folder: Path) -> Outcome:
+    """What a run that nobody disturbs comes to."""
+    life = Life(prepare(folder / "project", str(folder / "cache")), str(folder / "cache"), random.Random(0))
+    life.live(0)
+    if life.failures:
+        raise SystemExit(f"the undisturbed run failed: {life.failures[0]}")
+    return outcome(life.folder, life.cache)
+
+
+def main(
+    kills: Annotated[int, typer.Option(help="In all.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of instants and commands.")] = 0,
+    each: Annotated[int, typer.Option(help="Kills in one life at most.")] = 12,
+    flows: Annotated[float, typer.Option(help="Share of `cola run`.")] = 0.15,
+) -> None:
+    """Kill until there were `kills`; exit code 1 if anything was lost or left."""
+    draw, done, failed, started = random.Random(seed), 0, 0, time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="cola-chaos-") as name:
+        wanted = undisturbed(Path(name) / "undisturbed")
+        number = 0
+        while done < kills:
+            number += 1
+            place = Path(name) / f"life{number}"
+            life = Life(prepare(place / "project", str(place / "cache")), str(place / "cache"), draw)
+            life.live(min(each, kills - done), flows)
+            wrong = life.failures or outcome(life.folder, life.cache).differences(wanted)
+            done, failed = done + len(life.kills), failed + bool(wrong)
+            print(
+                f"life {number}: {len(life.kills)} kills, {done} in all, {time.monotonic() - started:.0f} s", flush=True
+            )
+            for line in [*life.kills, *wrong] if wrong else []:
+                print(f"  {line}", flush=True)
+            if not wrong:
+                shutil.rmtree(place)
+    print(f"{done} kills in {number} lives, {failed} lives with a failure, {(time.monotonic() - started) / 60:.1f} min")
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    typer.run(main)
