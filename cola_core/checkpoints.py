@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from cola_core.files import new_file
 from cola_core.tensors import digest, save_tensors
 
-__all__ = ["Progress", "load_checkpoint", "random_state", "save_checkpoint"]
+__all__ = ["Progress", "load_checkpoint", "random_state", "save_checkpoint", "usable"]
 
 FORMAT = "2"
 
@@ -42,6 +42,7 @@ class Progress:
 
 Named = dict[str, Parameter]
 TENSORS = ("best", "random")
+BROKEN = (SafetensorError, OSError, KeyError, TypeError, ValueError)
 
 
 def random_state() -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) 
         progress, tensors = _read(path)
         if named.keys() != _below(tensors, "parameter/").keys():
             raise ValueError("its parameters are not this link's")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except BROKEN as error:
         print(f"{path}: not usable ({error}); the link starts from its first step", flush=True)
         return Progress()
     with torch.no_grad():
@@ -94,6 +95,15 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) 
     if "cuda" in progress.random and torch.cuda.is_available():
         torch.cuda.set_rng_state(progress.random["cuda"])
     return progress
+
+
+def usable(path: Path) -> str | None:
+    """Why a checkpoint cannot be gone on from; None if it can."""
+    try:
+        _read(path)
+    except BROKEN as error:
+        return f"not usable ({error})"
+    return None
 
 
 def _read(path: Path) -> tuple[Progress, dict[str, Tensor]]:

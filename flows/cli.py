@@ -106,11 +106,12 @@ def export(
 
 @chain_cli.command()
 def verify() -> None:
-    """Rebuild every prefix of the chain from its files and compare hashes and logits."""
-    from flows.looks import verify_final
+    """Compare every file with its hash, rebuild every prefix of the chain and compare its scores."""
+    from flows.snapshot import checkout
+    from flows.verify import verify as lines
 
-    for line in verify_final():
-        print(line)
+    for line in lines(checkout()):
+        print(line, flush=True)
 
 
 @cli.command()

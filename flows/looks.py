@@ -1,11 +1,11 @@
-"""What the command line shows of data and of the trained chain."""
+"""What the command line shows of data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cola_core.config.base import load_yaml, read_yaml
+from cola_core.config.base import load_yaml
 from cola_core.config.params import check_params
 from cola_core.config.task import PrepareConfig
 from cola_core.errors import UserError
@@ -14,7 +14,7 @@ from cola_core.root import base_manifest
 from flows.child import quiet
 from flows.compose import compose
 
-__all__ = ["inspect_path", "verify_final"]
+__all__ = ["inspect_path"]
 
 MODEL = Path("artifacts/fetch/model")
 
@@ -73,21 +73,3 @@ def _texts(path: Path, config: PrepareConfig, rows: int) -> Iterator[str]:
         marked = f"{OPEN}{answer}{CLOSE}" if config.kind != "classify" else ""
         yield from ("", f"{example.id} (label or reference: {example.reference.strip()!r})")
         yield from f"{example.prompt}{marked}".split("\n")
-
-
-def verify_final() -> Iterator[str]:
-    """Lines about every prefix of the trained chain, rebuilt from its files.
-
-    Raises:
-        UserError: no chain yet, a file that changed, or a prefix whose scores moved.
-    """
-    params = check_params(read_yaml(Path("params.yaml")))
-    last = Path("artifacts/links") / params.final / "adapter"
-    if not last.is_dir():
-        raise UserError(f"{last}: no chain here; run `dvc repro merge`, or bring a run's results with `cola adopt`")
-    quiet()
-    from cola_core.verify import verify_chain
-
-    for verdict in verify_chain(last, MODEL, Path("artifacts/prepare"), params.machine):
-        yield f"links 1..{verdict.link}: {verdict.hash[:12]}, scores moved by {verdict.change:.1e}"
-    yield "the chain is what it was"
