@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 __all__ = ["RetryError", "UserError", "of_the_system", "suggest"]
 
+RUST = re.compile(r"\(os error (\d+)\)")
 PASSING = {"ENOSPC", "EDQUOT", "EIO", "EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "ESTALE", "ETIMEDOUT", "EBUSY"}
 
 
@@ -23,11 +26,18 @@ class RetryError(Exception):
     exit_code = 75
 
 
-def of_the_system(error: OSError) -> UserError | RetryError:
-    """What the operating system refused: a full disk may have room later, a read-only folder is the user's to mend."""
-    name = errno.errorcode.get(error.errno or 0, "")
-    line = f"{error.filename or 'the disk'}: {error.strerror or error}"
-    if name in PASSING:
+def of_the_system(error: Exception) -> UserError | RetryError | None:
+    """What the operating system refused: a full disk may have room later, a read-only folder is the user's to mend.
+
+    Returns:
+        None if it was not the system; safetensors tells of it in a text alone.
+    """
+    hidden = RUST.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
+    if number is None:
+        return None
+    line = f"{getattr(error, 'filename', None) or 'the disk'}: {os.strerror(number)}"
+    if errno.errorcode.get(number) in PASSING:
         return RetryError(f"{line}; nothing written before is lost, the same command goes on once this is mended")
     return UserError(line)
 

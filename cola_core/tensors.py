@@ -1,9 +1,7 @@
-"""Tensors on disk as safetensors: every write tells a full disk from a bug, every read tells a torn file."""
+"""Tensors on disk as safetensors, and what tells whether they are whole."""
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,22 +14,11 @@ from cola_core.errors import UserError
 
 __all__ = ["digest", "load_tensors", "save_tensors"]
 
-ERRNO = re.compile(r"\(os error (\d+)\)")
-
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors of any device and stride; `metadata` is by default what transformers and PEFT look for.
-
-    Raises:
-        OSError: what the disk refused, which safetensors itself hides in a text.
-    """
+    """Write tensors of any device and stride; `metadata` is by default what transformers and PEFT look for."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(whole, path, metadata=dict(metadata or {"format": "pt"}))
-    except SafetensorError as error:
-        if number := ERRNO.search(str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        raise
+    save_file(whole, path, metadata=dict(metadata or {"format": "pt"}))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -197,9 +197,9 @@ def _tracked(stage: Callable[[Context], Done], context: Context) -> None:
         record(context, stage(context), started)
     except (UserError, RetryError):
         raise
-    except OSError as error:
-        raise of_the_system(error) from error
-    except Exception:
+    except Exception as error:
+        if refused := of_the_system(error):
+            raise refused from error
         with suppress(OSError):
             record(context, Done(), started, "FAILED")
         raise

@@ -1,0 +1,56 @@
+"""A disk that is full, small or read-only: one clear line, nothing half-written, and what was there stays."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cola_core.errors import RetryError, UserError, of_the_system
+
+ROOT = Path(__file__).parent.parent
+
+
+def _alone() -> list[str]:
+    """The words before a command that give it file systems of its own, or none where that is not allowed."""
+    for words in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
+        if (
+            shutil.which(words[0])
+            and subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0
+        ):
+            return words
+    return []
+
+
+@pytest.mark.skipif(not _alone(), reason="mounting a small disk needs root or user namespaces")
+def test_every_writer_on_a_full_and_on_a_read_only_disk() -> None:
+    command = [*_alone(), sys.executable, "-m", "tests.chaos.full_disk"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 9 and {kind: wrong for kind, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), RetryError),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), UserError),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), UserError),
+        (ValueError("I/O error: No space left on device (os error 28)"), RetryError),
+        (ValueError("a bug"), None),
+        (OSError("a text and no number"), None),
+    ],
+)
+def test_what_the_system_refuses_is_told_from_a_bug(error: Exception, kind: type[Exception] | None) -> None:
+    told = of_the_system(error)
+    assert type(told) is (kind or type(None))
+    assert kind is None or str(told).startswith(("a/b: ", "the disk: No space left on device"))

@@ -1,0 +1,72 @@
+"""What version 0.1 wrote, in tests/v0_1 as it left it, is read or refused by its format with the way out."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from cola_core.chain import read_chain
+from cola_core.checkpoints import load_checkpoint
+from cola_core.config.base import read_yaml
+from cola_core.config.params import check_params
+from cola_core.errors import UserError
+from cola_core.sealed import FORMATS, read_sealed
+from tasks.places import main_checkout
+from tasks.sync import _read, sync
+
+OLD = Path(__file__).parent / "v0_1"
+REFUSED: dict[str, Callable[[], Any]] = {
+    "link": lambda: read_chain(OLD / "links/1/adapter"),
+    "chain": lambda: read_sealed(OLD / "chain.json", "chain"),
+    "ranks": lambda: read_sealed(OLD / "ranks.json", "ranks"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_artifact_of_the_version_before_is_refused_with_the_way_out(kind: str) -> None:
+    with pytest.raises(UserError) as told:
+        REFUSED[kind]()
+    line = rf"{kind} format 1, and this version of cola reads {FORMATS[kind]}; `dvc repro` makes it again, the version"
+    assert re.search(line, str(told.value)) and "\n" not in str(told.value)
+
+
+def test_a_checkpoint_of_the_version_before_is_told_and_left(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "state.safetensors"
+    shutil.copy(OLD / path.name, path)
+    named = {"q.A": Parameter(torch.zeros(2, 2))}
+    assert load_checkpoint(path, named, torch.optim.AdamW(named.values())).step == 0
+    assert "not usable (format None, this version reads '2')" in capsys.readouterr().out
+
+
+def test_a_record_of_the_version_before_is_posted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run has happened: MLflow gets it whatever version of cola posts it."""
+    (tmp_path / ".cola/records").mkdir(parents=True)
+    shutil.copy(OLD / "record.json", tmp_path / ".cola/records")
+    assert _read(OLD / "record.json") == json.loads((OLD / "record.json").read_text())
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    main_checkout.cache_clear()
+    try:
+        assert (sync(), sync()) == (1, 0)
+    finally:
+        main_checkout.cache_clear()
+
+
+def test_parameters_of_the_version_before_name_the_key_that_is_new() -> None:
+    with pytest.raises(UserError, match=r"link\.keep_link: missing; conf/ has its default"):
+        check_params(read_yaml(OLD / "params.yaml"))
+
+
+def test_the_version_moves_with_the_formats() -> None:
+    """Formats may only change where the version does: this table is what 0.2 reads."""
+    assert version("cola-pipeline").startswith("0.2.") and set(FORMATS.values()) == {2}
