@@ -11,11 +11,11 @@ from threading import Event
 from typing import Any
 
 import httpx
-from prefect import get_run_logger
+from prefect import State, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.exceptions import Abort, TerminationSignal
 from prefect.settings import PREFECT_API_URL
-from prefect.states import Crashed, State
+from prefect.states import Crashed
 
 from cola_core.errors import RetryError
 

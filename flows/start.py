@@ -13,7 +13,7 @@ from flows.compose import compose
 from flows.snapshot import checkout, snapshot, unpacked
 
 if TYPE_CHECKING:
-    from prefect.states import State
+    from prefect import State
 
 __all__ = ["start"]
 

@@ -14,8 +14,6 @@ from threading import Thread
 __all__ = ["END", "main"]
 
 END = "\0end "  # begins the line with the order's own word and DVC's exit code: no stage can know the word
-
-
 LOOK = 0.2  # seconds between two looks at who the parent is
 
 

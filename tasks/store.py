@@ -34,6 +34,7 @@ SECRET_KEY = re.compile(rf"(?:^|[^A-Za-z0-9]){SENSITIVE}(?:$|[^A-Za-z0-9])", re.
 USERINFO = re.compile(r"(?<=://)[^/\s]+@")
 QUERY = re.compile(rf"([?&;][\w\-]*{SENSITIVE}[\w\-]*=)[^&;\s]+", re.IGNORECASE)
 BATCH = {"params": 100, "tags": 100, "metrics": 1000}  # what one call of log_batch may carry
+BUSY = 60.0  # seconds until a writer of the same file database is done, at the latest
 REFUSED = {"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "BAD_REQUEST"}
 
 
@@ -120,16 +121,22 @@ def open_store() -> Iterator[Store]:
     for logger in ("mlflow", "alembic", "urllib3"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     # The client resolves `models:/m-...` through the process's own address, which else is a file in the workspace.
-    set_tracking_uri(uri)
-    set_registry_uri(uri)
+    waiting = _patient(uri)
+    set_tracking_uri(waiting)
+    set_registry_uri(waiting)
     try:
         with locked("store"):  # two processes that both make the tables of a new database get in each other's way
-            store = Store(MlflowClient(uri, uri), uri)
+            store = Store(MlflowClient(waiting, waiting), uri)
             store.client.search_experiments(max_results=1)
         yield store
     except (MlflowException, SQLAlchemyError, OSError) as error:
         refused = getattr(error, "error_code", "") in REFUSED
         raise (UserError if refused else RetryError)(_line(uri, error)) from None
+
+
+def _patient(uri: str) -> str:
+    """A file database waits for another writer; else it gives up after five seconds."""
+    return f"{uri}{'&' if '?' in uri else '?'}timeout={BUSY:.0f}" if uri.startswith("sqlite") else uri
 
 
 @contextmanager
