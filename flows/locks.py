@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["pool_size", "slot", "try_lock"]
+__all__ = ["alone", "pool_size", "slot", "try_lock"]
 
 
 def try_lock(path: Path, patience: float = 0.0) -> TextIO | None:
@@ -47,6 +47,15 @@ def pool_size(threads: int) -> int:
     """How many workspaces may work at once on this machine: floor(cores / threads), at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // threads)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the lock at `path` for the block, however long another process has it."""
+    while (held := try_lock(path, 3600.0)) is None:
+        pass
+    with held:
+        yield
 
 
 @contextmanager

@@ -14,10 +14,11 @@ import httpx
 from prefect import State, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.exceptions import Abort, TerminationSignal
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME
 from prefect.states import Crashed
 
 from cola_core.errors import RetryError
+from flows.locks import alone
 
 __all__ = ["Unreported", "check_server", "leave", "only_shown", "reported", "stoppable"]
 
@@ -94,7 +95,9 @@ def check_server() -> None:
     """
     logging.raiseExceptions = False  # what cannot be logged to the server is on this terminal all the same
     logging.getLogger("prefect.events.clients").setLevel(logging.CRITICAL)
-    if found := _trouble():
+    with alone(PREFECT_HOME.value() / "cola.lock"):  # two temporary servers that make one database spoil it
+        found = _trouble()
+    if found:
         gone.set()
         address = PREFECT_API_URL.value()
         advice = "start it with `cola ui`, or unset PREFECT_API_URL for a temporary one" if address else "try again"

@@ -219,7 +219,7 @@ set -e
 mount -t tmpfs -o size=2m tmpfs "$STORE"
 cp "$EMPTY" "$STORE/mlflow.db"
 dd if=/dev/zero of="$STORE/ballast" bs=4096 2>/dev/null || true
-"$PYTHON" -c "from test_outage import *; _in_a_full_store()"
+"$PYTHON" -c "import test_outage; test_outage._in_a_full_store()"
 cp "$STORE/mlflow.db" "$KEPT"
 """
 
