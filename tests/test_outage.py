@@ -299,7 +299,7 @@ def _hold(path: Path, seconds: float) -> threading.Thread:
 def test_another_writer_is_waited_for(checkout: Path) -> None:
     """SQLite's own patience is five seconds."""
     left("fetch")
-    other = _hold(checkout / "mlflow.db", 7.0)
+    other = _hold(checkout / "mlflow.db", 12.0)
     assert sync() == 1
     other.join()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from miniature import git, make, ran, variables
@@ -255,22 +257,20 @@ def test_finished_workspaces_are_bounded_and_come_back_from_the_cache(
     assert adopt(project, old)
 
 
-def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path: Path) -> None:
-    """A process that opened the file before its holder removed it must not share the name with a third."""
-    path = tmp_path / "it.lock"
-    first = try_lock(path)
-    assert first is not None
-    script = (
-        "from pathlib import Path; from flows.locks import try_lock; print('waits', flush=True)\n"
-        f"held = try_lock(Path({str(path)!r}), 30.0); print('in', flush=True); input()"
-    )
-    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None and other.stdout.readline() == "waits\n"
-    path.unlink()
-    first.close()
-    assert other.stdout.readline() == "in\n"
-    assert try_lock(path) is None
-    other.communicate("\n")
+def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between another's opening and locking of the file its last holder may remove it; a third would lock a new one."""
+    path, lock = tmp_path / "it.lock", fcntl.flock
+
+    def late(file: TextIO, how: int) -> None:
+        if not removed:
+            path.unlink()
+            removed.append(True)
+        lock(file, how)
+
+    removed: list[bool] = []
+    monkeypatch.setattr("flows.locks.fcntl.flock", late)
+    held = try_lock(path)
+    assert held is not None and removed and try_lock(path) is None
 
 
 def test_slots_are_as_many_as_the_cores_allow(tmp_path: Path) -> None:
