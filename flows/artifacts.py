@@ -14,6 +14,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 
 from cola_core.evaluation.scoreboard import cell, compared
 from flows.graph import Stage
+from flows.server import only_shown
 
 __all__ = ["show"]
 
@@ -21,16 +22,15 @@ __all__ = ["show"]
 def show(root: Path, stage: Stage) -> None:
     """Make the artifacts of `stage` from its files below `root`; a stage without any shows nothing.
 
-    A workspace may hold another version of the project than this code: files it cannot read fail no stage.
+    A workspace may hold another version of the project than this code: files it cannot read fail no stage, nor does a
+    server that is away.
     """
+    if stage.task not in SHOWN:
+        return
     try:
-        SHOWN.get(stage.task, _nothing)(root, stage)
+        only_shown(f"{stage.name}'s artifacts", lambda: SHOWN[stage.task](root, stage))
     except (KeyError, TypeError, ValueError) as error:
         get_run_logger().warning("%s: its files are not as expected here, nothing is shown: %r", stage.name, error)
-
-
-def _nothing(_: Path, __: Stage) -> None:
-    """Most stages have no artifact."""
 
 
 def _ranks(root: Path, stage: Stage) -> None:

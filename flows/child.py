@@ -22,7 +22,13 @@ from tasks.stage import QUIET
 
 __all__ = ["Dvc", "environment", "quiet"]
 
-SILENT = {**QUIET, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PYTHONUNBUFFERED": "1"}
+SILENT = {
+    **QUIET,
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # else every event that a server misses is printed in full
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # several at once on a busy machine
+    "PYTHONUNBUFFERED": "1",
+}
 SHELL = ": failed to run: "  # DVC's word for a command that failed: the stage's own line says more
 ADVICE = ("To track the changes with git", "\tgit add ", "To enable auto staging", "\tdvc config ", "Use `dvc push`")
 FAREWELL = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, None))
@@ -123,7 +129,7 @@ def _raise(note: Path, stage: str, last: str) -> None:
 def _start(workspace: Workspace) -> subprocess.Popen[str]:
     """A child in a process group of its own, which also holds the workspace's lock for as long as it lives."""
     return subprocess.Popen(
-        [sys.executable, "-P", str(Path(worker.__file__).resolve())],
+        [sys.executable, "-P", str(Path(worker.__file__).resolve()), str(os.getpid())],
         cwd=workspace.path,
         env=environment(),
         stdin=subprocess.PIPE,

@@ -12,11 +12,13 @@ from cola_core.files import SUFFIX, sweep
 from flows.locks import try_lock
 from flows.snapshot import git
 from flows.workspace import runs
+from tasks.pending import unposted_files
 
-__all__ = ["clean"]
+__all__ = ["clean", "trim"]
 
 WEEK = 7 * 24 * 3600.0
 DAY = 24 * 3600.0
+KEPT = 10  # finished workspaces that `trim` leaves for `cola adopt`
 
 
 def clean(root: Path, everything: bool = False) -> list[Path]:
@@ -30,24 +32,40 @@ def clean(root: Path, everything: bool = False) -> list[Path]:
     """
     folder = runs(root)
     limit = time.time() - (0.0 if everything else WEEK)
-    gone = [*_workspaces(root, folder, limit), *_resume(folder.parent / "resume", limit), *_temporaries(root, folder)]
+    gone = [*_workspaces(folder, limit), *_resume(folder.parent / "resume", limit), *_temporaries(root, folder)]
     git(root, "worktree", "prune")
     return gone
 
 
-def _workspaces(root: Path, folder: Path, limit: float) -> Iterator[Path]:
-    for path in sorted(folder.glob("*/")):
-        note = path.with_name(f"{path.name}.lock")
-        age = note.stat().st_mtime if note.exists() else 0.0
+def trim(root: Path) -> list[Path]:
+    """What a flow removes at its end: as `clean`, but the newest finished workspaces stay."""
+    gone = list(_workspaces(runs(root), time.time() - WEEK, KEPT))
+    git(root, "worktree", "prune")
+    return gone
+
+
+def _workspaces(folder: Path, limit: float, kept: int = 0) -> Iterator[Path]:
+    """Free ones that are finished, but the `kept` newest, or untouched since `limit`; files still to post stay too."""
+    needed = unposted_files()
+    finished = 0
+    for note in sorted(folder.glob("*.lock"), key=_age, reverse=True):
+        path = note.with_suffix("")
         lock = try_lock(note)
         if lock is None:
             continue
         with lock:
             lock.seek(0)
-            if lock.read() == "finished" or age <= limit:
-                shutil.rmtree(path)
+            done = lock.read() == "finished"
+            finished += done
+            stays = _age(note) > limit and not (done and finished > kept)
+            if not stays and not any(file.is_relative_to(path) for file in needed):
+                shutil.rmtree(path, ignore_errors=True)
                 note.unlink()
                 yield path
+
+
+def _age(note: Path) -> float:
+    return note.stat().st_mtime
 
 
 def _resume(folder: Path, limit: float) -> Iterator[Path]:

@@ -173,7 +173,10 @@ def main(arguments: list[str] | None = None) -> int:
 def app() -> None:
     """The console script `cola`."""
     atexit.register(gc.freeze)  # on its way out Python need not look through all of Prefect: half a second
-    sys.exit(main())
+    code = main()
+    if server := sys.modules.get("flows.server"):
+        server.leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

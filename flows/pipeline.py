@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: a deployment's process could not resolve the flow's own annotations.
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,9 +19,11 @@ from cola_core.errors import RetryError, UserError
 from flows.about import about
 from flows.artifacts import show
 from flows.child import Dvc, environment
+from flows.clean import trim
 from flows.compose import choices, compose
 from flows.graph import Stage, outline
 from flows.locks import pool_size, slot
+from flows.server import only_shown, reported, stoppable
 from flows.snapshot import checkout, snapshot, unpacked
 from flows.workspace import Workspace, opened, runs
 from tasks.pending import unsynced
@@ -68,6 +71,12 @@ def cola_pipeline(
     """
     picks = {"method": method, "task": task, "model": model, "chain": chain}
     changes = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
+    with stoppable():
+        return reported(_attempt(picks, changes, committed))
+
+
+def _attempt(picks: Mapping[str, str | None], changes: list[str], committed: bool) -> State:
+    """The run, whose mistakes and outages are its end and no crash."""
     try:
         root = checkout()
         tree = snapshot(root, committed)
@@ -82,9 +91,8 @@ def _run(root: Path, tree: str, text: str) -> State:
     """Wait for a place, open the workspace, do the stages, hand the records on."""
     params = load_yaml(text)
     title = f"{params['recipe']}/{params['task']}/seed{params['seed']}"
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(runtime.flow_run.id, name=title)
     log = get_run_logger()
+    only_shown("the run's name", lambda: _name(title))
     size = pool_size(params["machine"]["threads"])
     busy = f"all {size} places (cores / threads) are taken; this run starts when one is free"
     with slot(runs(root).parent / "slots", size, lambda: log.info(busy)), opened(root, tree, text, title) as workspace:
@@ -94,7 +102,13 @@ def _run(root: Path, tree: str, text: str) -> State:
         if failed:
             return failed
         workspace.finish()
+        trim(root)
         return Completed(message=f"bring the results to the checkout: cola adopt {workspace.run}")
+
+
+def _name(title: str) -> None:
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(runtime.flow_run.id, name=title)
 
 
 def _stages(workspace: Workspace) -> State | None:

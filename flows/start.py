@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cola_core.errors import RetryError, UserError
 from flows.child import quiet
 from flows.compose import compose
 from flows.snapshot import checkout, snapshot, unpacked
+
+if TYPE_CHECKING:
+    from prefect import State
 
 __all__ = ["start"]
 
@@ -21,16 +27,38 @@ def start(picks: Mapping[str, str | None], seed: int | None, overrides: Sequence
     Raises:
         UserError, RetryError: what went wrong, in the words of the stage that failed.
     """
-    root = checkout()
-    seeded = [*overrides, *([f"seed={seed}"] if seed is not None else [])]
-    with unpacked(root, snapshot(root, committed), "conf", "params.yaml") as folder:
-        compose(folder, picks, seeded)
-    quiet()
-    from flows.pipeline import cola_pipeline
-
-    state = cola_pipeline(**picks, seed=seed, overrides=list(overrides), committed=committed, return_state=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        state = _run(picks, seed, overrides, committed)
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        raise
     if state.is_completed():
         print(state.message)
         return
     error = state.result(raise_on_failure=False)
     raise error if isinstance(error, RetryError) else UserError(state.message or f"the run ended as {state.name}")
+
+
+def _run(picks: Mapping[str, str | None], seed: int | None, overrides: Sequence[str], committed: bool) -> State[Any]:
+    """Mistakes first, then the server, then the flow; its last state, whether Prefect could be told of it or not."""
+    root = checkout()
+    seeded = [*overrides, *([f"seed={seed}"] if seed is not None else [])]
+    with unpacked(root, snapshot(root, committed), "conf", "params.yaml") as folder:
+        compose(folder, picks, seeded)
+    quiet()
+    from httpx import HTTPError
+
+    from flows.pipeline import cola_pipeline
+    from flows.server import Unreported, check_server, gone
+
+    check_server()
+    try:
+        return cola_pipeline(**picks, seed=seed, overrides=list(overrides), committed=committed, return_state=True)
+    except Unreported as end:
+        if end.__cause__:
+            raise end.__cause__ from None
+        return end.state
+    except HTTPError as error:
+        gone.set()
+        raise RetryError(f"Prefect's server went away ({error}); the same command goes on from here") from None

@@ -22,6 +22,7 @@ from flows.snapshot import commit_tree, git, main_checkout
 __all__ = ["Workspace", "adopt", "opened", "runs"]
 
 RESULTS = ("params.yaml", "dvc.lock")
+DYING = 3.0  # seconds in which what a killed run has started ends too
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def opened(root: Path, tree: str, params: str, title: str) -> Iterator[Workspace
     changed = git(root, "rev-parse", f"{commit}^{{tree}}").decode().strip()
     _hide(runs(root).parent)
     path = runs(root) / f"{title.replace('/', '-')}-{changed[:8]}"
-    lock = try_lock(path.with_name(f"{path.name}.lock"))
+    lock = try_lock(path.with_name(f"{path.name}.lock"), DYING)
     if lock is None:
         raise RetryError(f"{path.name}: the same run is already going; wait for it or change a parameter")
     with lock:
@@ -84,7 +85,8 @@ def adopt(root: Path, run: str, force: bool = False) -> list[Path]:
     """
     place = runs(root) / run
     if not place.is_dir():
-        raise UserError(f"{run}: no such workspace{suggest(run, [p.name for p in runs(root).glob('*/')])}")
+        there = suggest(run, [p.name for p in runs(root).glob("*/")])
+        raise UserError(f"{run}: no such workspace; if it was cleaned, the same `cola run` restores it{there}")
     lock = try_lock(place.with_name(f"{run}.lock"))
     if lock is None:
         raise RetryError(f"{run}: still running; adopt it when it has ended")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
+import sqlite3
+from contextlib import closing, suppress
 from pathlib import Path
 
 from cola_core.errors import UserError
@@ -11,16 +14,32 @@ from cola_core.files import new_file
 from tasks.places import home
 from tasks.store import tracking_uri
 
-__all__ = ["note_synced", "orphans", "state", "unsynced"]
+__all__ = ["note_synced", "orphans", "state", "unposted_files", "unsynced"]
 
 
 def unsynced() -> bool:
     """Whether `sync` may find anything to do."""
-    note = home() / "synced"
     try:
-        return bool(orphans()) or not note.is_file() or note.read_text(encoding="utf-8") != state()
+        return bool(orphans()) or _noted() != state()
     except UserError:
         return True  # a bad address: sync says so
+
+
+def unposted_files() -> list[Path]:
+    """The files that the store may still need: artifacts of records that no finished sync has seen."""
+    records = sorted((home() / "records").glob("*.json"))
+    where, now = _noted().split("\n"), []
+    with suppress(UserError):
+        now = state().split("\n")
+    late = [path for path in records if where[:2] != now[:2] or path.name not in where]
+    return [Path(file) for path in late for file in _artifacts(path)]
+
+
+def _artifacts(record: Path) -> list[str]:
+    try:
+        return list(json.loads(record.read_text(encoding="utf-8"))["artifacts"])
+    except (OSError, ValueError, LookupError):
+        return []  # sync names it
 
 
 def note_synced(before: str) -> None:
@@ -30,12 +49,27 @@ def note_synced(before: str) -> None:
 
 
 def state() -> str:
-    """A hash over the names of records, the store's address and, where it is a file, which one."""
+    """Lines: a hash of the store's address, which database it is if that is a file, and the names of all records."""
     uri = tracking_uri()
     names = [path.name for path in sorted((home() / "records").glob("*.json"))]
     file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-    which = str(file.stat().st_ino) if file and file.is_file() else ""
-    return hashlib.sha256("\n".join([uri, which, *names]).encode()).hexdigest()
+    which = _which(file) if file and file.is_file() else ""
+    return "\n".join([hashlib.sha256(uri.encode()).hexdigest(), which, *names])
+
+
+def _which(database: Path) -> str:
+    """What tells a database from one made anew in its place, which may get the same inode."""
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as opened:
+            born = opened.execute("SELECT min(creation_time) FROM experiments").fetchone()
+    except sqlite3.Error:
+        return "unreadable"
+    return f"{database.stat().st_ino} {born}"
+
+
+def _noted() -> str:
+    note = home() / "synced"
+    return note.read_text(encoding="utf-8") if note.is_file() else ""
 
 
 def orphans() -> list[Path]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from cola_core.errors import RetryError
 from cola_core.files import tree_hash
 from tasks.places import home
 from tasks.stage import Context, identity
@@ -26,16 +26,11 @@ def resume_folder(context: Context, inputs: Sequence[Path]) -> Iterator[Path]:
     """Yield `.cola/resume/<hash of stage, parameters, inputs, code>`, and say `done` in it once the block ends well.
 
     It cannot lie among the outs: DVC deletes those before a stage runs. It stays until a later stage starts, since DVC
-    has the out only by then. The caller has read its parameters already.
-
-    Raises:
-        RetryError: another process is at the same work.
+    has the out only by then. While another process is at the same work this one waits, and then goes on from where that
+    one ended. The caller has read its parameters already.
     """
     folder = home() / "resume" / _key(context, inputs)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        if not _held(lock):
-            raise RetryError(f"{context.stage}: another process is at the same work; wait for it")
+    with _lock(folder, f"{context.stage}: another process is at the same work; this one waits for its result"):
         forget_finished()
         yield folder
         (folder / "done").touch()
@@ -47,6 +42,33 @@ def forget_finished() -> None:
         with suppress(FileNotFoundError), (note.parent / "lock").open("r") as lock:
             if _held(lock):
                 shutil.rmtree(note.parent, ignore_errors=True)
+
+
+def _lock(folder: Path, busy: str) -> TextIO:
+    """The locked file of `folder`; `busy` is printed once if another process has it.
+
+    `forget_finished` may remove the folder while this process waits: then it is made again, and locked anew.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (folder / "lock").open("w")
+        except FileNotFoundError:
+            continue
+        if not _held(lock):
+            print(busy, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _stands(lock):
+            return lock
+        lock.close()
+
+
+def _stands(lock: TextIO) -> bool:
+    """Whether the path is still this file."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), Path(lock.name).stat())
+    except FileNotFoundError:
+        return False
 
 
 def _held(lock: TextIO) -> bool:

@@ -6,71 +6,32 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from miniature import make, ran, variables, weather
+from servers import end, free_port, prefect_server, until
 
 pytestmark = pytest.mark.timeout(600)
 STAGES = ["fetch", "allocate@1", "allocate@2", "evaluate", "register"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _end(process: subprocess.Popen[Any]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(20)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _until(found: Callable[[], Any], seconds: float) -> Any:
-    """The first true answer of `found`."""
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        with suppress(Exception):
-            if answer := found():
-                return answer
-        time.sleep(0.5)
-    raise TimeoutError(f"nothing within {seconds} s")
-
-
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """One Prefect server for the session, with a home of its own; yields the address of its API."""
-    import httpx
-
-    port = _free_port()
+    port = free_port()
     home = tempfile.mkdtemp()
-    quiet = {"PREFECT_HOME": home, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    log = (Path(home) / "server.log").open("w")
-    quiet["PREFECT_SERVER_UI_API_URL"] = f"http://127.0.0.1:{port}/api"
-    process = subprocess.Popen(
-        command, env={**os.environ, **quiet}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    address = f"http://127.0.0.1:{port}"
+    process = prefect_server(Path(home), port)
     try:
-        _until(lambda: httpx.get(f"{address}/api/health").status_code == 200, 120)
-        yield f"{address}/api"
+        yield f"http://127.0.0.1:{port}/api"
     finally:
-        _end(process)
+        end(process)
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -116,12 +77,12 @@ def _tasks(server: str, run: str) -> dict[str, dict[str, Any]]:
         tasks = _post(server, "/task_runs/filter", body)
         return tasks if tasks and all(task["state_type"] in ("COMPLETED", "FAILED") for task in tasks) else None
 
-    return {task["name"]: task for task in _until(settled, 30)}
+    return {task["name"]: task for task in until(settled, 30)}
 
 
 def _lines(server: str, task: str) -> str:
     body = {"logs": {"task_run_id": {"any_": [task]}}, "sort": "TIMESTAMP_ASC"}
-    return "\n".join(entry["message"] for entry in _until(lambda: _post(server, "/logs/filter", body), 30))
+    return "\n".join(entry["message"] for entry in until(lambda: _post(server, "/logs/filter", body), 30))
 
 
 def test_a_run_shows_every_stage_and_the_same_run_again_is_cached(project: Path, server: str) -> None:
@@ -221,15 +182,18 @@ def test_a_stopped_run_leaves_no_stage_behind_and_goes_on(
         env=_variables(root, server),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
-        _until(lambda: "evaluate" in ran(root), 90)
+        until(lambda: "evaluate" in ran(root), 90)
         os.kill(process.pid, farewell)
-        process.wait(40)
+        told = process.communicate(timeout=40)[1]
     finally:
-        _end(process)
+        end(process)
+    assert process.returncode == 128 + farewell
+    assert told.splitlines()[-1] == "stopped; the same command goes on from here" and "Traceback" not in told
     standing = [entry for entry in Path("/proc").glob("[0-9]*") if _stands_in(entry, root)]
     assert not standing, [(entry / "cmdline").read_bytes() for entry in standing]
     assert cola(root, server, "run").returncode == 0
@@ -265,11 +229,11 @@ def test_a_schedule_starts_a_run_of_the_last_commit_by_itself(server: str, tmp_p
     )
     scheduled = {"flow_runs": {"deployment_id": {"is_null_": False}, "state": {"type": {"any_": ["COMPLETED"]}}}}
     try:
-        runs = _until(lambda: [r for r in _post(server, "/flow_runs/filter", scheduled) if r["auto_scheduled"]], 150)
+        runs = until(lambda: [r for r in _post(server, "/flow_runs/filter", scheduled) if r["auto_scheduled"]], 150)
     except TimeoutError:
         pytest.fail((tmp_path / "serve.log").read_text()[-3000:])
     finally:
-        _end(process)
+        end(process)
     assert runs[0]["name"] == "cola_gora/r8/seed0" and set(ran(root)) == set(STAGES)
     assert ran(root).count("fetch") == 1, "later runs of the same commit find everything cached"
 
@@ -302,4 +266,4 @@ def test_the_ui_opens(project: Path, server: str, tmp_path: Path) -> None:
         page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
         return "cola_gora/r8/seed0" in page
 
-    assert _until(shown, 240)
+    assert until(shown, 240)

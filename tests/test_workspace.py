@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from miniature import git, make, ran, variables
 
 from cola_core.errors import RetryError, UserError
 from flows.child import Dvc
-from flows.clean import WEEK, clean
+from flows.clean import WEEK, clean, trim
 from flows.graph import plan
 from flows.locks import pool_size, slot, try_lock
 from flows.snapshot import snapshot
 from flows.workspace import Workspace, adopt, opened, runs
+from tasks.pending import note_synced, state
+from tasks.places import main_checkout
 
 TITLE = "cola_gora/r8/seed0"
 
@@ -122,7 +128,7 @@ def test_a_half_made_workspace_is_made_anew(project: Path) -> None:
         assert (workspace.path / ".dvc" / "config.local").is_file()
 
 
-def test_the_same_run_twice_at_once_is_refused_even_after_a_kill(project: Path) -> None:
+def test_the_same_run_twice_at_once_is_refused_and_a_killed_one_takes_its_stage_along(project: Path) -> None:
     tree, params = snapshot(project), _params(project)
     with (
         opened(project, tree, params, TITLE),
@@ -143,19 +149,18 @@ def test_the_same_run_twice_at_once_is_refused_even_after_a_kill(project: Path) 
             break
     parent.kill()
     parent.wait()
-    with pytest.raises(RetryError, match="already going"), opened(project, tree, params, TITLE):
-        pass
-    _end_children(project)
+    with opened(project, tree, params, TITLE) as workspace:  # at once
+        assert workspace.path.is_dir() and not _standing(project)
 
 
-def _end_children(project: Path) -> None:
-    """End the orphans of this test alone: processes that stand in this project's workspaces."""
+def _standing(project: Path) -> list[bytes]:
+    """Other processes that stand in this project's workspaces."""
+    found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(project) in str((entry / "cwd").readlink()) and int(entry.name) != os.getpid():
-                os.kill(int(entry.name), 9)
-        except OSError:
-            continue
+        with suppress(OSError):
+            if str(project / ".cola") in str((entry / "cwd").readlink()):
+                found.append((entry / "cmdline").read_bytes())
+    return found
 
 
 def test_adopt_brings_the_results_and_nothing_is_left_to_do(project: Path) -> None:
@@ -225,6 +230,47 @@ def test_clean_keeps_interrupted_runs_for_a_week_and_live_ones_always(project: P
         assert clean(project, everything=True) == [] and live.path.is_dir()
     assert clean(project, everything=True) == [live.path]
     assert git(project, "worktree", "list").count(b"\n") == 1
+
+
+def test_finished_workspaces_are_bounded_and_come_back_from_the_cache(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.clean.KEPT", 1)
+    old, older = _one_run(project, seed=1), _one_run(project, seed=2)
+    with opened(project, snapshot(project), _params(project, seed=3), TITLE) as interrupted:
+        pass
+    new = _one_run(project, seed=4)
+    record = project / ".cola" / "records" / "evaluate-x.json"
+    record.parent.mkdir(exist_ok=True)
+    files = [str(runs(project) / old / "artifacts" / "evaluate" / "metrics.json")]
+    record.write_text(json.dumps({"artifacts": files}))
+    main_checkout.cache_clear()
+    assert trim(project) == [runs(project) / older], "not the newest, the interrupted, or one whose files are unposted"
+    note_synced(state())
+    assert trim(project) == [runs(project) / old]
+    assert {path.name for path in runs(project).glob("*/")} == {new, interrupted.run}
+    with pytest.raises(UserError, match=f"{old}: no such workspace; if it was cleaned, the same `cola run` restores"):
+        adopt(project, old)
+    before = ran(project)
+    assert _one_run(project, seed=1) == old
+    assert ran(project) == [*before, "register"], "all but the uncached out come from the cache"
+    assert adopt(project, old)
+
+
+def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between another's opening and locking of the file its last holder may remove it; a third would lock a new one."""
+    path, lock = tmp_path / "it.lock", fcntl.flock
+
+    def late(file: TextIO, how: int) -> None:
+        if not removed:
+            path.unlink()
+            removed.append(True)
+        lock(file, how)
+
+    removed: list[bool] = []
+    monkeypatch.setattr("flows.locks.fcntl.flock", late)
+    held = try_lock(path)
+    assert held is not None and removed and try_lock(path) is None
 
 
 def test_slots_are_as_many_as_the_cores_allow(tmp_path: Path) -> None:
