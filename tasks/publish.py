@@ -13,10 +13,11 @@ import cola_core
 from cola_core.data.templates import template
 from cola_core.errors import UserError
 from cola_core.files import write_json
+from cola_core.secrets import mask
 from tasks.places import ARTIFACTS
 from tasks.release import FOLDER, Release, pack, read_release, registration
 from tasks.stage import identity
-from tasks.store import Store, mask
+from tasks.store import Store
 
 __all__ = ["ALIAS", "publish", "restore"]
 

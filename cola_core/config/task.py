@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from cola_core.config.base import Strict
+from cola_core.secrets import mask
 
 __all__ = ["AssetConfig", "FetchConfig", "HeadConfig", "ModelConfig", "PrepareConfig"]
 
@@ -20,6 +21,16 @@ class AssetConfig(Strict):
 
     asset: str
     sha256: str | None
+
+    @field_validator("asset")
+    @classmethod
+    def _tells_no_secret(cls, value: str) -> str:
+        """A reference goes into dvc.lock, manifests and model cards as it stands."""
+        if mask(value) != value:
+            raise ValueError(
+                "holds a password or token; a reference names no secrets: set HF_TOKEN or pip's own settings"
+            )
+        return value
 
 
 class ModelConfig(AssetConfig):
