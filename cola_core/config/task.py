@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
+import regex
 from pydantic import Field, field_validator, model_validator
 
 from cola_core.config.base import Strict
@@ -92,9 +92,9 @@ class PrepareConfig(Strict):
     @classmethod
     def _has_group(cls, value: str | None) -> str | None:
         try:
-            if value is not None and not re.compile(value).groups:
+            if value is not None and not regex.compile(value).groups:
                 raise ValueError("needs one (group), which is what is compared")
-        except re.error as error:
+        except (regex.error, RecursionError) as error:
             raise ValueError(f"not a regular expression: {error}") from None
         return value
 
