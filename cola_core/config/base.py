@@ -70,7 +70,7 @@ def parse(model: type[Model], data: Any, where: str, others: Mapping[str, str] |
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text, as DVC reads it."""
-    return yaml.load(text, Loader)  # noqa: S506  # nosec B506 -- a SafeLoader
+    return yaml.load(text, Loader)  # noqa: S506 -- a SafeLoader  # nosec B506
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
