@@ -1,6 +1,6 @@
 """Stand at the door of every Python process of a test: whoever unpickles, or leaves loopback, is noted and stopped.
 
-On PYTHONPATH, with WATCH_LOG naming a file of lines: `active ARGV`, `unpickled WHO`, `refused WHAT by WHO`, `left WHERE`.
+On PYTHONPATH, WATCH_LOG naming a file. Its lines: `active ARGV`, `unpickled WHO`, `refused WHAT by WHO`, `left WHERE`.
 """
 
 import importlib.abc
