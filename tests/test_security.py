@@ -196,7 +196,7 @@ def child_of(pid: int) -> int:
 def until_both_listen(process: subprocess.Popen[Any]) -> set[str]:
     """The command lines of every process of the namespace, until both servers wait for connections."""
     lines: set[str] = set()
-    limit = time.monotonic() + 240
+    limit = time.monotonic() + 400
     while time.monotonic() < limit and process.poll() is None:
         text = ""
         with suppress(OSError):

@@ -21,7 +21,7 @@ def main() -> int:
     child, seen = subprocess.Popen(command), set()
     while child.poll() is None:
         seen |= listening()
-        time.sleep(0.05)
+        time.sleep(0.1)
     Path(note).write_text(json.dumps(sorted(seen)))
     return child.returncode
 
