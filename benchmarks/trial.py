@@ -145,7 +145,8 @@ def _server(variables: Mapping[str, str], log: Path) -> Iterator[str]:
 def _await(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     limit = time.monotonic() + START
     while process.poll() is None and time.monotonic() < limit:
-        with suppress(OSError), urllib.request.urlopen(address, timeout=5) as answer:  # noqa: S310 - our own loopback
+        # our own loopback
+        with suppress(OSError), urllib.request.urlopen(address, timeout=5) as answer:  # noqa: S310  # nosec B310
             if answer.status == 200:
                 return
         time.sleep(0.2)

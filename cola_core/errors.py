@@ -8,19 +8,28 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from cola_core.secrets import mask
+
 __all__ = ["RetryError", "UserError", "of_the_system", "suggest"]
 
 RUST = re.compile(r"\(os error (\d+)\)")
 PASSING = {"ENOSPC", "EDQUOT", "EIO", "EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "ESTALE", "ETIMEDOUT", "EBUSY"}
 
 
-class UserError(Exception):
+class Told(Exception):  # noqa: N818 -- only its kinds are raised
+    """What both are: a line without secrets, since it ends in logs, states and records."""
+
+    def __init__(self, line: object = "") -> None:
+        super().__init__(mask(str(line)))
+
+
+class UserError(Told):
     """A mistake in a parameter, a file or a command line, told in one line: what, where, what is allowed."""
 
     exit_code = 2
 
 
-class RetryError(Exception):
+class RetryError(Told):
     """Something outside is missing for the moment (network, server, disk); the same call may succeed later."""
 
     exit_code = 75

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cola_core.errors import RetryError, UserError
+from cola_core.secrets import guard
 
 __all__ = ["app", "main"]
 
@@ -172,6 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def app() -> None:
     """The console script `cola`."""
+    guard()
     atexit.register(gc.freeze)  # on its way out Python need not look through all of Prefect: half a second
     code = main()
     if server := sys.modules.get("flows.server"):

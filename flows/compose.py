@@ -14,6 +14,7 @@ from typing import Any
 from cola_core.config.base import load_yaml, read_yaml
 from cola_core.config.params import Params, check_params
 from cola_core.errors import UserError, suggest
+from cola_core.secrets import is_secret
 
 __all__ = ["choices", "compose", "edits"]
 
@@ -71,6 +72,10 @@ def _picks(root: Path, picks: Mapping[str, str | None], overrides: Sequence[str]
         key, equals, value = override.partition("=")
         if not equals and not override.startswith("~"):
             raise UserError(f"override {override!r}: expected key=value, such as link.learning_rate=1e-4")
+        if is_secret(key):
+            raise UserError(
+                f"override {key}: params.yaml is committed and holds no secrets; export HF_TOKEN and the like"
+            )
         if key in GROUPS:
             chosen[key] = value
         else:

@@ -16,6 +16,7 @@ from pydantic import WithJsonSchema
 
 from cola_core.config.base import load_yaml
 from cola_core.errors import RetryError, UserError
+from cola_core.secrets import mask
 from flows.about import about
 from flows.artifacts import show
 from flows.child import Dvc, environment
@@ -131,8 +132,9 @@ def _as_task(workspace: Workspace, stage: Stage, dvc: Dvc | None) -> "Task[[], S
     told = about(workspace.path, stage.task)
 
     def run_stage() -> State:
+        log = get_run_logger()
         try:
-            ran = dvc is not None and dvc.repro(stage.name, get_run_logger().info)
+            ran = dvc is not None and dvc.repro(stage.name, lambda line: log.info(mask(line)))
             show(workspace.path, stage)
             return Completed() if ran else Completed(name="Cached", message="nothing changed")
         except RetryError as error:
@@ -170,4 +172,4 @@ def _sync(workspace: Workspace) -> None:
     )
     lines = (done.stdout + done.stderr).strip().splitlines()
     if lines:
-        (log.warning if done.returncode else log.info)(lines[-1])
+        (log.warning if done.returncode else log.info)(mask(lines[-1]))

@@ -33,18 +33,13 @@ def serve_uis(mlflow: int = MLFLOW, prefect: int = PREFECT) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     address = ("--host", HOST, "--port")
     commands = {
-        f"MLflow   http://{HOST}:{mlflow}": [
-            "mlflow",
-            "server",
-            "--backend-store-uri",
-            tracking_uri(),
-            *address,
-            str(mlflow),
-        ],
+        f"MLflow   http://{HOST}:{mlflow}": ["mlflow", "server", *address, str(mlflow)],
         f"Prefect  http://{HOST}:{prefect}": ["prefect", "server", "start", *address, str(prefect)],
     }
     # Prefect's pages ask port 4200 whatever port serves them, unless they are told.
-    variables = environment(PREFECT_SERVER_UI_API_URL=f"http://{HOST}:{prefect}/api")
+    pages = f"http://{HOST}:{prefect}/api"
+    # Command lines are everybody's to read and the store's address may hold a password, so a variable tells it.
+    variables = environment(PREFECT_SERVER_UI_API_URL=pages, MLFLOW_BACKEND_STORE_URI=tracking_uri())
     children = {name: _start(command, variables) for name, command in commands.items()}
     try:
         print("\n".join([*commands, "stop both with Ctrl-C"]), flush=True)

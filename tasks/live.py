@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import IO, Any
 
 from cola_core.errors import RetryError, UserError
+from cola_core.secrets import mask
 from tasks.places import home
 from tasks.stage import Context
-from tasks.store import Store, mask, open_store
+from tasks.store import Store, open_store
 
 __all__ = ["Live"]
 

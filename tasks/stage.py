@@ -24,6 +24,7 @@ from cola_core.config.base import parse, read_yaml
 from cola_core.errors import RetryError, UserError, of_the_system
 from cola_core.files import read_json, tree_hash, write_json
 from cola_core.sealed import write_sealed
+from cola_core.secrets import guard, mask, masked
 from tasks.places import home
 
 __all__ = ["Context", "Done", "run"]
@@ -135,7 +136,7 @@ def record(context: Context, done: Done, started: float, status: str = "FINISHED
         "chain": chain_hash([*done.outputs, *done.inputs]),
         "started": datetime.fromtimestamp(started, UTC).isoformat(),
         "seconds": round(now - started, 3),
-        "params": context.used,
+        "params": masked(context.used),
         "recipe": context.raw["recipe"],
         "task": context.raw["task"],
         "seed": context.raw["seed"],
@@ -152,6 +153,7 @@ def record(context: Context, done: Done, started: float, status: str = "FINISHED
 
 def run(stage: Callable[[Context], Done]) -> None:
     """Run one stage as `python -m tasks.<stage> [link]` and exit: 0, 2 for a user's mistake, 75 to try again later."""
+    guard()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     gc.set_threshold(IMPORTED)
@@ -207,7 +209,7 @@ def _tracked(stage: Callable[[Context], Done], context: Context) -> None:
 
 def _complain(stage: str, line: str, code: int) -> int:
     """One line on stderr, and for a flow that asks (COLA_FAILURE names a file) the exit code that DVC hides from it."""
-    told = f"{stage}: {' '.join(line.split())}"
+    told = mask(f"{stage}: {' '.join(line.split())}")
     print(told, file=sys.stderr, flush=True)
     if note := os.environ.get("COLA_FAILURE"):
         with suppress(OSError):

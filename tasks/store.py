@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cola_core.errors import RetryError, UserError
+from cola_core.secrets import mask
 from tasks.places import home, main_checkout
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-__all__ = ["Store", "locked", "mask", "open_store", "tracking_uri"]
+__all__ = ["Store", "locked", "open_store", "tracking_uri"]
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -30,10 +30,6 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
-SENSITIVE = r"(?:token|password|passwd|secret|credentials?|(?:api|access|private)_?key)"
-SECRET_KEY = re.compile(rf"(?:^|[^A-Za-z0-9]){SENSITIVE}(?:$|[^A-Za-z0-9])", re.IGNORECASE)
-USERINFO = re.compile(r"(?<=://)[^/\s]+@")
-QUERY = re.compile(rf"([?&;][\w\-]*{SENSITIVE}[\w\-]*=)[^&;\s]+", re.IGNORECASE)
 BATCH = {"params": 100, "tags": 100, "metrics": 1000}  # what one call of log_batch may carry
 BUSY = 60_000  # milliseconds until a writer of the same file database is done, at the latest
 REFUSED = {"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "BAD_REQUEST"}
@@ -150,13 +146,6 @@ def locked(name: str) -> Iterator[None]:
     with (home() / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def mask(text: str, key: str = "") -> str:
-    """`text` without secrets: all of it under a key such as `hub.token`, else user info and tokens inside addresses."""
-    if SECRET_KEY.search(key):
-        return "***"
-    return QUERY.sub(r"\1***", USERINFO.sub("***@", text))
 
 
 def _line(uri: str, error: BaseException) -> str:

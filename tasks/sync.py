@@ -17,10 +17,11 @@ import yaml
 from cola_core.errors import RetryError, UserError
 from cola_core.files import read_json
 from cola_core.sealed import read_sealed
+from cola_core.secrets import guard, mask, masked
 from tasks.pending import note_synced, orphans, state
 from tasks.places import home
 from tasks.publish import restore
-from tasks.store import Store, locked, mask, open_store
+from tasks.store import Store, locked, open_store
 
 __all__ = ["sync"]
 
@@ -107,7 +108,7 @@ def _post(store: Store, record: Record, upstream: Sequence[str]) -> str:
     store.log(run_id, "tags", _tags(record, upstream))
     store.log(run_id, "params", _params(record))
     store.log(run_id, "metrics", _metrics(store, run_id, record, ended))
-    store.client.log_text(run_id, yaml.safe_dump(_masked(record["params"]), sort_keys=False), "params.yaml")
+    store.client.log_text(run_id, yaml.safe_dump(masked(record["params"]), sort_keys=False), "params.yaml")
     for path in map(Path, record["artifacts"]):
         _upload(store, run_id, path)
     store.client.set_terminated(run_id, record["status"], ended)
@@ -177,17 +178,8 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _masked(value: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {name: _masked(inner, f"{key}.{name}") for name, inner in value.items()}
-    return [_masked(inner, key) for inner in value] if isinstance(value, list) else _plain(value, key)
-
-
-def _plain(value: Any, key: str) -> Any:
-    return mask(value, key) if isinstance(value, str) else mask("", key) or value
-
-
 def _main() -> int:
+    guard()
     try:
         print(f"sync: {sync()} record(s) posted", flush=True)
     except (UserError, RetryError) as error:

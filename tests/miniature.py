@@ -119,7 +119,7 @@ def make(folder: Path) -> Path:
         shutil.copy(REPOSITORY / name, root / name)
     (root / "params.yaml").write_bytes(git(REPOSITORY, "show", "HEAD:params.yaml"))
     (root / "dvc.yaml").write_text(DVC)
-    (root / ".gitignore").write_text((REPOSITORY / ".gitignore").read_text() + "secret*\n")
+    (root / ".gitignore").write_text((REPOSITORY / ".gitignore").read_text() + "/secret*\n")
     for name, body in BODIES.items():
         text = TASK.format(name=name, body=body.strip(), retries=2 if name == "fetch" else 0, pixel=PIXEL)
         (root / "tasks" / f"{name}.py").write_text(text)

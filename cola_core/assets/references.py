@@ -26,6 +26,7 @@ __all__ = ["opened"]
 PYPI = re.compile(r"(?P<name>[\w.\-]+)==(?P<version>[\w.\-+!]+)/(?P<inner>.+)")
 MODEL = re.compile(r"(?P<repo>[\w.\-]+(?:/[\w.\-]+)?)@(?P<revision>[\w.\-/]+)")
 DATASET = re.compile(r"datasets/(?P<repo>[\w.\-]+(?:/[\w.\-]+)?)@(?P<revision>refs/\w+/\w+|[\w.\-]+)/(?P<file>.+)")
+COMMIT = re.compile(r"@[0-9a-f]{40}(/|$)")
 TINY = re.compile(r"(?P<family>\w+)(?:@(?P<seed>\d+))?")
 
 
@@ -46,7 +47,16 @@ def opened(asset: str, sha256: str | None = None) -> Iterator[Path]:
     with OPENERS[scheme](rest, sha256) as path:
         if sha256 is not None and scheme != "pypi" and (found := tree_hash(path)) != sha256:
             raise UserError(f"{asset}: sha256 is {found}, not the pinned {sha256}")
+        if sha256 is None and scheme in ("hub", "path") and not COMMIT.search(asset):
+            print(_how_to_pin(asset, path), flush=True)
         yield path
+
+
+def _how_to_pin(asset: str, path: Path) -> str:
+    """What was found under a name that may hold something else tomorrow; a snapshot's commit costs no hashing."""
+    if path.parent.name == "snapshots":
+        return f"{asset}: not pinned; to pin it, write {asset.rpartition('@')[0]}@{path.name}"
+    return f"{asset}: not pinned; to pin it, write sha256: {tree_hash(path)}"
 
 
 @contextmanager

