@@ -65,7 +65,9 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) 
         with safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-    except (SafetensorError, OSError, KeyError, ValueError):
+        progress = Progress(**state)
+        _refuse_misfits(tensors, named)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
         return Progress()  # cut off before its rename was durable: the link repeats its steps and ends the same
     with torch.no_grad():
         for name, parameter in named.items():
@@ -78,7 +80,17 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) 
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
     best = {key.removeprefix("best/"): value for key, value in tensors.items() if key.startswith("best/")}
-    return Progress(**{**state, "best": best})
+    progress.best = best
+    return progress
+
+
+def _refuse_misfits(tensors: dict[str, Tensor], named: Named) -> None:
+    """Before anything is put back: half a state is worse than none."""
+    wanted: dict[str, Tensor] = {"random/cpu": torch.get_rng_state()}
+    wanted |= {f"parameter/{name}": parameter for name, parameter in named.items()}
+    for name, tensor in wanted.items():
+        if (tensors[name].shape, tensors[name].dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(name)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Named) -> Iterator[tuple[str, Tensor]]:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import islice
 
 __all__ = ["RetryError", "UserError", "suggest"]
 
+LONGEST = 2000  # characters of a line; what a file holds may be quoted in it, and a file may hold anything
+TAIL = 500  # of them from the end, where it is told what is allowed
+CLOSE = 100  # a longer word is no slip of the pen, and to compare it takes its length squared
 
-class UserError(Exception):
+
+class _LineError(Exception):
+    """An error of one line, whatever text was put into it."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(_one_line(line))
+
+
+class UserError(_LineError):
     """A mistake in a parameter, a file or a command line, told in one line: what, where, what is allowed."""
 
     exit_code = 2
 
 
-class RetryError(Exception):
+class RetryError(_LineError):
     """Something outside is missing for the moment (network, server, disk); the same call may succeed later."""
 
     exit_code = 75
@@ -27,6 +39,19 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
         word: what the user wrote.
         allowed: every word that would have been right.
     """
-    words = [str(a) for a in allowed]
-    close = get_close_matches(str(word), words, n=1, cutoff=0.6)
+    words = [str(a) for a in islice(allowed, LONGEST)]
+    close = get_close_matches(word, words, n=1, cutoff=0.6) if len(word) <= CLOSE else []
     return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(words) or 'nothing'}"
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, control characters and its middle, where it has any of them or too much of it."""
+    text = _short(text)
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return _short("".join(shown))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - TAIL]}[...]{text[5 - TAIL :]}"

@@ -83,7 +83,7 @@ class PrepareConfig(Strict):
         try:
             if value is not None and not re.compile(value).groups:
                 raise ValueError("needs one (group), which is what is compared")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression: {error}") from None
         return value
 

@@ -17,14 +17,24 @@ __all__ = ["Template", "template"]
 
 
 def _no_null(value: Any) -> Any:
-    """A null must not become the word 'None' in a prompt."""
-    if value is None:
+    """A null must not become the word 'None' in a prompt, nor a missing number 'nan', nor bytes "b'...'"."""
+    if value is None or value != value:
         raise UndefinedError("a null value")
+    if isinstance(value, bytes):
+        raise UndefinedError("bytes where text is needed; store the column as text")
     return value
 
 
 # A template's last newline is part of the prompt ("Yes or No?\n"), so Jinja must not eat it.
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_no_null)
+# The same row must give the same prompt every time.
+_SANDBOX.globals.pop("lipsum")
+_SANDBOX.filters.pop("random")
+
+# What an expression may end in on a row that its author did not think of.
+FAILS = (
+    TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,12 @@ class Template:
             UserError: an unknown column, a null, or an expression that fails on this row.
         """
         try:
-            return self.compiled.render({"row": row, **row})
+            text = self.compiled.render({"row": row, **row})
+            text.encode()
+            return text
         except UndefinedError as error:
             raise UserError(f"{place}: {self.key}: {self._reason(row, error)}") from None
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except FAILS as error:
             raise UserError(f"{place}: {self.key}: fails on this row: {_one_line(error)}") from None
 
     def columns(self, row: Mapping[str, Any]) -> list[str]:
@@ -59,7 +71,7 @@ class Template:
     def _reason(self, row: Mapping[str, Any], error: UndefinedError) -> str:
         for name in sorted(self.names - row.keys() - {"row"}):
             return f"no column {name!r}{_columns(name, row)}"
-        nulls = [name for name in self.columns(row) if row[name] is None]
+        nulls = [name for name in self.columns(row) if row[name] is None or row[name] != row[name]]
         if nulls:
             return f"column {nulls[0]!r} is null here; drop the row or give the template a default"
         return f"{_one_line(error)}; columns: {', '.join(row)}"
@@ -77,7 +89,7 @@ def template(key: str, source: str) -> Template:
         return Template(key, frozenset(names), _SANDBOX.from_string(source))
     except TemplateSyntaxError as error:
         raise UserError(f"params.yaml: {key}: line {error.lineno} of the template: {_one_line(error)}") from None
-    except TemplateError as error:
+    except (TemplateError, RecursionError, SyntaxError) as error:
         raise UserError(f"params.yaml: {key}: {_one_line(error)}") from None
 
 
