@@ -54,7 +54,7 @@ def save_checkpoint(path: Path, progress: Progress, named: Named, optimizer: tor
     state = {f.name: getattr(progress, f.name) for f in fields(progress) if f.name != "best"}
     stored = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     with new_file(path) as temporary:
-        save_file(stored, temporary, metadata={"progress": json.dumps(state)})
+        save_file(stored, temporary, metadata={"progress": json.dumps(state), "tensors": json.dumps(sorted(stored))})
 
 
 def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) -> Progress:
@@ -63,10 +63,10 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) 
         return Progress()
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["progress"])
+            state, names = (json.loads(file.metadata()[key]) for key in ("progress", "tensors"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
         progress = Progress(**state)
-        _refuse_misfits(tensors, named)
+        _refuse_misfits(tensors, named, names)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
         return Progress()  # cut off before its rename was durable: the link repeats its steps and ends the same
     with torch.no_grad():
@@ -84,8 +84,10 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) 
     return progress
 
 
-def _refuse_misfits(tensors: dict[str, Tensor], named: Named) -> None:
+def _refuse_misfits(tensors: dict[str, Tensor], named: Named, names: list[str]) -> None:
     """Before anything is put back: half a state is worse than none."""
+    if sorted(tensors) != names:
+        raise ValueError("names")
     wanted: dict[str, Tensor] = {"random/cpu": torch.get_rng_state()}
     wanted |= {f"parameter/{name}": parameter for name, parameter in named.items()}
     for name, tensor in wanted.items():

@@ -28,6 +28,7 @@ __all__ = ["Tally", "judged", "main", "replay", "run_kind"]
 HANG = 10.0  # seconds for one file
 LONG = 2000  # characters of an error line
 MEMORY = 4 << 30  # bytes that reading one file may add
+FAST = next((path for path in ("/dev/shm",) if Path(path).is_dir()), None)  # artifacts are fsynced: not on a disk here
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Tally:
 
 def judged(kind: Kind, data: bytes) -> tuple[str, str]:
     """Read one file: ("accepted" | "refused" | "failed", and what was said)."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
         path = Path(folder) / kind.name
         path.write_bytes(data)
         try:

@@ -56,7 +56,7 @@ def read_params(path: Path) -> None:
 
 def read_method(path: Path) -> None:
     """A file of conf/method, composed."""
-    with _conf() as root:
+    with _conf(path.parent) as root:
         shutil.copyfile(path, root / "conf/method/spoilt.yaml")
         text = compose(root, {"method": "spoilt"})
     assert check_params(load_yaml(text))
@@ -64,7 +64,7 @@ def read_method(path: Path) -> None:
 
 def read_top(path: Path) -> None:
     """conf/config.yaml, composed."""
-    with _conf() as root:
+    with _conf(path.parent) as root:
         shutil.copyfile(path, root / "conf/config.yaml")
         text = compose(root, {"method": "gora"})
     assert check_params(load_yaml(text))
@@ -80,7 +80,7 @@ def read_pair(name: str) -> Callable[[Path], None]:
     """An adapter's folder, of whose two files `name` is the spoilt one."""
 
     def read(path: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             write_adapter(Path(folder), _adapter())
             shutil.copyfile(path, Path(folder) / name)
             found = read_adapter(Path(folder))
@@ -146,8 +146,8 @@ def _broken_conf(seeds: Callable[[], list[bytes]]) -> Callable[[random.Random], 
 
 
 @contextmanager
-def _conf() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
+def _conf(place: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         shutil.copytree(ROOT / "conf", Path(folder) / "conf", ignore=shutil.ignore_patterns("__pycache__"))
         (Path(folder) / "params.yaml").write_bytes(_committed())
         yield Path(folder)

@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,11 @@ from cola_core.data.encode import Codec, encode
 from cola_core.data.examples import read_examples
 from cola_core.data.prepared import write_prepared
 from cola_core.data.splits import split
-from cola_core.data.tokens import open_tokenizer
-from cola_core.files import new_dir
+from cola_core.files import new_dir, write_json
 from cola_core.rows import read_rows
 from tests.chaos.mutations import mutate, respell
 
-__all__ = ["ROWS", "broken", "codec", "prepare", "seeds"]
+__all__ = ["ANSWERS", "SECTION", "WRITERS", "broken", "codec", "prepare", "seeds", "write_tokenizer"]
 
 ANSWERS = {"acq": " acquisition", "earn": " earnings", "0": " no", "1": " yes", "True": " true"}
 SECTION: dict[str, Any] = {
@@ -49,11 +49,24 @@ ROWS: list[dict[str, Any]] = [
 @functools.cache
 def codec() -> Codec:
     """A real byte-level tokenizer, of a tiny model."""
-    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder) / "model")
+        return Codec.load(Path(folder) / "model")
 
+
+def write_tokenizer(folder: Path) -> None:
+    """What stage `prepare` needs of a base directory."""
+    folder.mkdir(parents=True)
+    for name, data in _tokenizer().items():
+        (folder / name).write_bytes(data)
+    write_json(folder / "cola.json", {"kind": "causal"})
+
+
+@functools.cache
+def _tokenizer() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         build_tiny("llama", Path(folder))
-        return Codec.of(open_tokenizer(Path(folder)), "causal")
+        return {path.name: path.read_bytes() for path in Path(folder).glob("tokenizer*")}
 
 
 def prepare(path: Path, **changes: Any) -> None:
