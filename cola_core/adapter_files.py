@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from cola_core.adapters import Pair
+from cola_core.config.base import Strict, parse
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json
 from cola_core.tensors import load_tensors, save_tensors
@@ -21,6 +23,29 @@ __all__ = ["Adapter", "read_adapter", "write_adapter"]
 
 PREFIX = "base_model.model."
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "SEQ_CLS"}
+
+
+class Stored(Strict, extra="ignore"):
+    """What is read back of adapter_config.json; the rest is for PEFT."""
+
+    task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
+    base_model_name_or_path: str
+    r: int = Field(ge=1)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]]
+    lora_alpha: float = Field(gt=0)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]]
+    use_rslora: bool
+    fan_in_fan_out: bool
+    target_modules: list[str]
+    modules_to_save: list[str] | None
+
+    def rank(self, name: str) -> int:
+        """Of one module."""
+        return self.rank_pattern.get(re.escape(name), self.r)
+
+    def alpha(self, name: str) -> float:
+        """Of one module."""
+        return self.alpha_pattern.get(re.escape(name), self.lora_alpha)
 
 
 @dataclass(frozen=True)
@@ -59,27 +84,37 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         UserError: a file is missing, truncated or does not fit the other.
     """
-    config = read_json(folder / "adapter_config.json")
+    config = _read_config(folder / "adapter_config.json")
     path = folder / "adapter_model.safetensors"
     short = {name.removeprefix(PREFIX): tensor for name, tensor in load_tensors(path).items()}
-    pairs, alpha = {}, {}
-    for name in config["target_modules"]:
-        if f"{name}.lora_A.weight" not in short or f"{name}.lora_B.weight" not in short:
-            raise UserError(f"{path}: {name}: adapter_config.json names it, but its tensors are missing")
-        a, b = short.pop(f"{name}.lora_A.weight"), short.pop(f"{name}.lora_B.weight")
-        alpha[name] = config["alpha_pattern"].get(re.escape(name), config["lora_alpha"])
-        scale = alpha[name] / (math.sqrt(a.shape[0]) if config["use_rslora"] else a.shape[0])
-        pairs[name] = Pair(a, b, scale, short.pop(f"{name}.bias", None))
-    kind = next(kind for kind, task in TASK_TYPES.items() if task == config["task_type"])
+    pairs = {name: _pair(short, name, config, path) for name in config.target_modules}
+    if strange := sorted(name for name in short if name.split(".")[0] not in (config.modules_to_save or ())):
+        raise UserError(f"{path}: {strange[0]}: adapter_config.json does not name it; restore both with `dvc checkout`")
+    alpha = {name: config.alpha(name) for name in pairs}
+    kind = next(kind for kind, task in TASK_TYPES.items() if task == config.task_type)
     return Adapter(
-        pairs,
-        config["base_model_name_or_path"],
-        kind,
-        alpha,
-        config["use_rslora"],
-        config["fan_in_fan_out"],
-        head=short,
+        pairs, config.base_model_name_or_path, kind, alpha, config.use_rslora, config.fan_in_fan_out, head=short
     )
+
+
+def _read_config(path: Path) -> Stored:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, got {type(content).__name__}; restore it with `dvc checkout`")
+    return parse(Stored, content, "", file=str(path))
+
+
+def _pair(tensors: dict[str, Tensor], name: str, config: Stored, path: Path) -> Pair:
+    """Take the tensors of one module out of `tensors`."""
+    a, b = (tensors.pop(f"{name}.lora_{letter}.weight", None) for letter in "AB")
+    if a is None or b is None:
+        raise UserError(f"{path}: {name}: adapter_config.json names it, but its tensors are missing")
+    rank, bias = config.rank(name), tensors.pop(f"{name}.bias", None)
+    fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] == rank and a.is_floating_point()
+    if not fits or b.dtype != a.dtype or (bias is not None and bias.shape != b.shape[:1]):
+        shapes = f"A {list(a.shape)} {a.dtype}, B {list(b.shape)} {b.dtype}"
+        raise UserError(f"{path}: {name}: {shapes} are no pair of rank {rank}; restore both files with `dvc checkout`")
+    return Pair(a, b, config.alpha(name) / (math.sqrt(rank) if config.use_rslora else rank), bias)
 
 
 def _config(adapter: Adapter) -> dict[str, Any]:

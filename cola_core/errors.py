@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import islice
 
 from cola_core.secrets import mask
 
@@ -15,12 +16,16 @@ __all__ = ["RetryError", "UserError", "of_the_system", "suggest"]
 RUST = re.compile(r"\(os error (\d+)\)")
 PASSING = {"ENOSPC", "EDQUOT", "EIO", "EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "ESTALE", "ETIMEDOUT", "EBUSY"}
 
+LONGEST = 2000  # characters of a line; what a file holds may be quoted in it, and a file may hold anything
+TAIL = 500  # of them from the end, where it is told what is allowed
+CLOSE = 100  # a longer word is no slip of the pen, and to compare it takes its length squared
+
 
 class Told(Exception):  # noqa: N818 -- only its kinds are raised
-    """What both are: a line without secrets, since it ends in logs, states and records."""
+    """What both are: one line without secrets, whatever text was put into it: it ends in logs, states and records."""
 
     def __init__(self, line: object = "") -> None:
-        super().__init__(mask(str(line)))
+        super().__init__(_one_line(mask(str(line))))
 
 
 class UserError(Told):
@@ -58,6 +63,19 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
         word: what the user wrote.
         allowed: every word that would have been right.
     """
-    words = [str(a) for a in allowed]
-    close = get_close_matches(str(word), words, n=1, cutoff=0.6)
+    words = [str(a) for a in islice(allowed, LONGEST)]
+    close = get_close_matches(word, words, n=1, cutoff=0.6) if len(word) <= CLOSE else []
     return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(words) or 'nothing'}"
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, control characters and its middle, where it has any of them or too much of it."""
+    text = _short(text)
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return _short("".join(shown))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - TAIL]}[...]{text[5 - TAIL :]}"

@@ -36,9 +36,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """XXH3 over names and contents, which tells whether a tensor is what was saved."""
+    """XXH3 over names, types, shapes and contents, which tells whether a tensor is what was saved."""
     found = xxhash.xxh3_128()
     for name in sorted(tensors):
-        found.update(name.encode())
+        found.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         found.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data)
     return found.hexdigest()

@@ -124,11 +124,14 @@ def _laid_over(root: Path, overrides: Sequence[str]) -> str:
 
 @contextmanager
 def _told(root: Path) -> Iterator[None]:
-    """Hydra's and OmegaConf's errors as one line of ours."""
+    """Hydra's and OmegaConf's errors as one line of ours, and no alias that OmegaConf would write out for ever."""
     from dvc.exceptions import InvalidArgumentError
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    for file in _conf_files(root):
+        if b"&" in file.read_bytes():
+            read_yaml(file)
     try:
         yield
     except (InvalidArgumentError, HydraException, OmegaConfBaseException) as error:
@@ -138,6 +141,14 @@ def _told(root: Path) -> Iterator[None]:
         override = getattr(cause, "override", None)  # known where a value has to be quoted
         given = f" {override!r}" if override else ""
         raise UserError(f"override{given}: {' '.join(str(cause).split('See http')[0].split())}") from None
+    except Exception as error:  # Hydra checks little of a file of conf/ before it uses it
+        for file in _conf_files(root):
+            read_yaml(file)
+        raise UserError(f"conf: cannot be composed: {type(error).__name__}: {error}") from None
+
+
+def _conf_files(root: Path) -> list[Path]:
+    return sorted((root / "conf").rglob("*.yaml"))
 
 
 def _unknown(key: str, node: Any) -> str:
@@ -185,7 +196,7 @@ def _value(value: Any) -> str:
     if isinstance(value, str) and not PLAIN.fullmatch(value):
         # Hydra reads \' as a quote and halves backslashes only before one or at the end.
         return "'" + re.sub(r"(\\*)('|\Z)", lambda at: at[1] * 2 + ("\\'" if at[2] else ""), value) + "'"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _arguments(overrides: Sequence[str]) -> str:

@@ -164,7 +164,7 @@ WORDS = st.sampled_from(
     ["no", "yes", "on", "y", "1e-4", "1:30", "010", "0o7", "=", "<<", "2024-01-01", "1_0", "null", "~"]
 )
 TEXTS = st.text(st.characters(exclude_characters="\x85\u2028\u2029", codec="utf-8"), max_size=6)  # PyYAML's line breaks
-LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXTS, WORDS)
+LEAVES = st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False), TEXTS, WORDS)
 
 
 @settings(max_examples=300, deadline=None)

@@ -94,7 +94,7 @@ class PrepareConfig(Strict):
         try:
             if value is not None and not regex.compile(value).groups:
                 raise ValueError("needs one (group), which is what is compared")
-        except (regex.error, RecursionError) as error:
+        except (regex.error, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression: {error}") from None
         return value
 

@@ -36,9 +36,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _finalize(value: Any) -> Any:
-    """A null must not become the word 'None' in a prompt, nor a method or a generator its address in memory."""
-    if value is None:
+    """A null must not become the word 'None', nor a missing number 'nan', nor bytes "b''", nor a method its address."""
+    if value is None or value != value:
         raise UndefinedError("a null value")
+    if isinstance(value, bytes):
+        raise UndefinedError("bytes where text is needed; store the column as text")
     if (callable(value) or isinstance(value, Iterator)) and not isinstance(value, Undefined):
         raise TemplateRuntimeError(f"prints a {type(value).__name__}, not a value; call it, or add `| list | join`")
     return value

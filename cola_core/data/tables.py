@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ __all__ = ["FORMATS", "Table", "read_table"]
 
 Row = dict[str, Any]
 Numbered = tuple[int, list[str]]  # 1-based line on which a row starts, and its fields
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 ORANGE_FLAGS = {"", "class", "c", "meta", "m", "ignore", "i", "weight", "w"}
 
 
@@ -81,13 +84,17 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _with_header(path: Path, numbered: Iterator[Numbered]) -> Iterator[tuple[int, Row]]:
     """Rows under the names of the first one; every row must have as many fields."""
     first, names = next(numbered, (1, []))
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"{path}:{first}: two columns are called {twice[0]!r}")
+    _refuse_twins(names, f"{path}:{first}")
     for line, fields in numbered:
         if len(fields) != len(names):
             raise UserError(f"{path}:{line}: {_fields(len(fields))}, but the header has {_fields(len(names))}")
         yield line, dict(zip(names, fields, strict=True))
+
+
+def _refuse_twins(names: Iterable[str], where: str) -> None:
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise UserError(f"{where}: two columns are called {twice[0]!r}")
 
 
 def _fields(number: int) -> str:
@@ -132,10 +139,21 @@ def _loads(text: str, where: str) -> Any:
     def refuse(word: str) -> Any:
         raise ValueError(f"{word} is not JSON")
 
+    def whole(pairs: list[tuple[str, Any]]) -> Row:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            _refuse_twins((name for name, _ in pairs), where)
+        return row
+
     try:
-        return json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, object_pairs_hook=whole)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no character") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {error}") from None
+    return value
 
 
 def _object(value: Any, where: str) -> Row:
@@ -163,9 +181,13 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+        _refuse_twins(table.column_names, str(path))
+        rows = table.to_pylist()
+    except (pa.ArrowException, ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path}: not a parquet file that can be read: {reason}") from None
     yield from enumerate(rows, 1)
 
 

@@ -40,6 +40,7 @@ class Template:
         """
         try:
             text = self.compiled.render({"row": row, **row})
+            text.encode()
         except UndefinedError as error:
             raise UserError(f"{place}: {self.key}: {self._reason(row, error)}") from None
         except FAILURES as error:
@@ -56,7 +57,7 @@ class Template:
     def _reason(self, row: Mapping[str, Any], error: UndefinedError) -> str:
         for name in sorted(self.names - row.keys() - {"row"}):
             return f"no column {name!r}{_columns(name, row)}"
-        nulls = [name for name in self.columns(row) if row[name] is None]
+        nulls = [name for name in self.columns(row) if row[name] is None or row[name] != row[name]]
         if nulls:
             return f"column {nulls[0]!r} is null here; drop the row or give the template a default"
         return f"{_one_line(error)}; columns: {', '.join(row)}"
@@ -74,7 +75,7 @@ def template(key: str, source: str) -> Template:
         return Template(key, frozenset(names), SANDBOX.from_string(source))
     except TemplateSyntaxError as error:
         raise UserError(f"params.yaml: {key}: line {error.lineno} of the template: {_one_line(error)}") from None
-    except (TemplateError, RecursionError) as error:
+    except (TemplateError, RecursionError, SyntaxError) as error:
         raise UserError(f"params.yaml: {key}: {_one_line(error)}") from None
 
 
