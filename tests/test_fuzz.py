@@ -301,3 +301,9 @@ def test_atheris_drives_the_same_readers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.chaos.coverage_fuzz", "--kind", "ranks", "--runs", "300"]
     done = subprocess.run([*command, "--save", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "DONE" in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_no_number_of_params_is_infinite(value: float) -> None:
+    with pytest.raises(UserError, match=r"^params\.yaml: link\.alpha: Input should be a finite number"):
+        check_params({**PARAMS, "link": {**PARAMS["link"], "alpha": value}})
