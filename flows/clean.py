@@ -10,8 +10,7 @@ from pathlib import Path
 from cola_core.assets.cache import cache_root
 from cola_core.files import SUFFIX, sweep
 from flows.locks import try_lock
-from flows.snapshot import git
-from flows.workspace import runs
+from flows.snapshot import git, runs
 from tasks.pending import unposted_files
 
 __all__ = ["clean", "trim"]

@@ -132,8 +132,11 @@ def clean(
 ) -> None:
     """Post what is left to post, then remove finished and abandoned workspaces, stale resume state and temporaries."""
     from flows.clean import clean as remove
+    from flows.mend import mend
     from flows.snapshot import checkout
 
+    for line in mend(checkout()):
+        print(line)
     sync()  # a workspace takes the files of its records along
     gone = remove(checkout(), everything)
     for path in gone:

@@ -16,7 +16,7 @@ import yaml
 from cola_core.errors import RetryError, UserError
 from flows.locks import try_lock
 from flows.project import project
-from flows.workspace import runs
+from flows.snapshot import runs
 
 __all__ = ["mend"]
 

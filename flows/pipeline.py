@@ -25,8 +25,8 @@ from flows.compose import choices, compose
 from flows.graph import Stage, outline
 from flows.locks import pool_size, slot
 from flows.server import only_shown, reported, stoppable
-from flows.snapshot import checkout, snapshot, unpacked
-from flows.workspace import Workspace, opened, runs
+from flows.snapshot import checkout, runs, snapshot, unpacked
+from flows.workspace import Workspace, opened
 from tasks.pending import unsynced
 
 __all__ = ["cola_pipeline"]

@@ -14,7 +14,7 @@ from cola_core.assets.cache import cache_root
 from cola_core.errors import UserError
 from cola_core.files import scratch
 
-__all__ = ["checkout", "commit_tree", "git", "main_checkout", "snapshot", "unpacked"]
+__all__ = ["checkout", "commit_tree", "git", "main_checkout", "runs", "snapshot", "unpacked"]
 
 PRIVATE = ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_PREFIX")
 AUTHOR = {
@@ -52,6 +52,11 @@ def main_checkout(root: Path) -> Path:
     """The checkout that owns .git, whichever of its worktrees `root` is."""
     found = git(root, "rev-parse", "--path-format=absolute", "--git-common-dir")
     return Path(found.decode().strip()).parent
+
+
+def runs(root: Path) -> Path:
+    """The folder of all workspaces of this repository, in the main checkout."""
+    return main_checkout(root) / ".cola" / "workspaces"
 
 
 def snapshot(root: Path, committed: bool = False) -> str:

@@ -16,10 +16,11 @@ from typing import TextIO
 from cola_core.errors import RetryError, UserError, suggest
 from cola_core.files import new_dir, new_file
 from flows.locks import try_lock
+from flows.mend import mend
 from flows.project import project
-from flows.snapshot import commit_tree, git, main_checkout
+from flows.snapshot import commit_tree, git, runs
 
-__all__ = ["Workspace", "adopt", "opened", "runs"]
+__all__ = ["Workspace", "adopt", "opened"]
 
 RESULTS = ("params.yaml", "dvc.lock")
 DYING = 3.0  # seconds in which what a killed run has started ends too
@@ -40,11 +41,6 @@ class Workspace:
     def finish(self) -> None:
         """Say that every stage ended well, so that `cola clean` may remove the workspace."""
         _say(self.lock, "finished")
-
-
-def runs(root: Path) -> Path:
-    """The folder of all workspaces of this repository, in the main checkout."""
-    return main_checkout(root) / ".cola" / "workspaces"
 
 
 @contextmanager
@@ -71,6 +67,7 @@ def opened(root: Path, tree: str, params: str, title: str) -> Iterator[Workspace
         lock.truncate(0)
         if not (whole and _reusable(path, changed)):
             _make(root, path, commit)
+        mend(path)
         _say(lock, "made")
         yield Workspace(path, lock)
 
@@ -165,6 +162,7 @@ def _make(root: Path, path: Path, commit: str) -> None:
         cache = repo.cache.local_cache_dir
     with project(path) as repo, repo.config.edit("local") as local:
         local.setdefault("cache", {})["dir"] = cache
+    mend(path)  # the checkout's DVC may have been writing dvc.lock when it was copied
     with project(path) as repo:
         repo.checkout(allow_missing=True)
 

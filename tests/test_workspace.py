@@ -20,8 +20,8 @@ from flows.child import Dvc
 from flows.clean import WEEK, clean, trim
 from flows.graph import plan
 from flows.locks import pool_size, slot, try_lock
-from flows.snapshot import snapshot
-from flows.workspace import Workspace, adopt, opened, runs
+from flows.snapshot import runs, snapshot
+from flows.workspace import Workspace, adopt, opened
 from tasks.pending import note_synced, state
 from tasks.places import main_checkout
 

@@ -1,0 +1,56 @@
+"""What a killed DVC leaves half-written is mended, and what is whole or in use is left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from miniature import make, ran, variables
+from test_workspace import _dvc_repro
+
+from cola_core.config.base import load_yaml
+from flows.mend import mend
+from flows.project import project as opened_project
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = make(tmp_path)
+    for name, value in variables(root).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(root)
+    return root
+
+
+def test_a_cut_off_lock_file_costs_nothing(project: Path) -> None:
+    """DVC's run cache restores what it told of; only `register`, whose out is not cached, runs again."""
+    _dvc_repro(project)
+    lock, before = project / "dvc.lock", ran(project)
+    whole = lock.read_bytes()
+    assert mend(project) == []
+    for size in (len(whole) // 3, len(whole) // 2 + 3, len(whole) - 30):
+        lock.write_bytes(whole[:size])
+        mend(project)
+        _dvc_repro(project)
+        assert load_yaml(lock.read_text()) == load_yaml(whole.decode())
+        assert set(ran(project)[len(before) :]) <= {"register"}
+
+
+def test_a_cut_off_table_of_locks_and_temporaries_are_removed(project: Path) -> None:
+    _dvc_repro(project)
+    table = project / ".dvc/tmp/rwlock"
+    table.write_text('{"write": {"/a')
+    for place in ("artifacts/.AbC.tmp", ".dvc/cache/files/md5/.AbC.tmp"):
+        (project / place).touch()
+    told = mend(project)
+    assert len(told) == 3 and all("which a killed DVC had left unfinished" in line for line in told)
+    assert not table.exists() and mend(project) == []
+    _dvc_repro(project)
+
+
+def test_nothing_is_mended_while_another_dvc_works(project: Path) -> None:
+    _dvc_repro(project)
+    (project / "dvc.lock").write_text("stages:\n  fetch:\n    cm")
+    with opened_project(project) as repo, repo.lock:
+        assert mend(project) == [] and (project / "dvc.lock").exists()
+    assert mend(project) and not (project / "dvc.lock").exists()
