@@ -36,7 +36,7 @@ from tasks.stage import Context, Done, record
 
 ROOT = Path(__file__).resolve().parents[1]
 WATCH = Path(__file__).parent / "watch"
-CANARY = "kan4r1envogel"
+CANARY = "kan4r1" + "envogel"  # in two parts, so that this file is no finding in a clone
 TOLD = {"HF_TOKEN": CANARY, "PIP_INDEX_URL": f"https://me:{CANARY}@127.0.0.1:9/simple", "SOME_API_KEY": CANARY}
 
 PATIENT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "200"}
@@ -317,11 +317,29 @@ def test_a_store_that_is_away_tells_no_password(mini: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_a_prefect_server_that_is_away_tells_no_password(mini: Path) -> None:
-    done = cola(
-        mini, "flows.cli", "run", PREFECT_API_URL=f"http://me:{CANARY}@127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES="0"
-    )
+    address = f"http://me:{CANARY}@127.0.0.1:9/api"
+    done = cola(mini, "flows.cli", "run", PREFECT_API_URL=address, PREFECT_CLIENT_MAX_RETRIES="0")
     assert done.returncode and "127.0.0.1:9" in done.stdout + done.stderr
     assert CANARY not in done.stdout + done.stderr and leaks(mini.parent) == []
+
+
+CRASHES = {
+    "a stage": "from tasks.stage import run; run(lambda context: crash())",
+    "the command line": "import flows.cli; flows.cli.main = crash; flows.cli.app()",
+    "sync": "import tasks.sync; tasks.sync.sync = crash; tasks.sync._main()",
+}
+
+
+@pytest.mark.parametrize("where", CRASHES)
+def test_a_traceback_tells_no_secret(tmp_path: Path, where: str) -> None:
+    """Whatever a library puts into an error that nobody expected."""
+    params_for(tmp_path, "path:rows.csv")
+    program = f"import os\ndef crash(): raise OSError('no way to ' + os.environ['ADDRESS'])\n{CRASHES[where]}"
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "ADDRESS": f"ftp://me:{CANARY}@host"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "OSError: no way to ftp://***@host" in done.stderr, done.stderr
+    assert CANARY not in done.stderr and leaks(tmp_path) == []
 
 
 # 4: archives (test_assets.py has the simple ones)
