@@ -46,9 +46,10 @@ def _broken(root: Path) -> Iterator[Path]:
 
 def _is_lock_file(path: Path) -> bool:
     """Whether every stage in it is whole, as far as its shape tells."""
+    text = path.read_bytes()
     try:
-        content = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 -- safe
-        return content is None or all(map(_is_stage, content["stages"].values()))
+        content = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 -- safe  # nosec B506
+        return text.endswith(b"\n") and all(map(_is_stage, content["stages"].values()))
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
         return False
 

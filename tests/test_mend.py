@@ -32,8 +32,13 @@ def test_a_cut_off_lock_file_costs_nothing(project: Path) -> None:
         lock.write_bytes(whole[:size])
         mend(project)
         _dvc_repro(project)
-        assert load_yaml(lock.read_text()) == load_yaml(whole.decode())
+        assert _outs(lock.read_text()) == _outs(whole.decode())
         assert set(ran(project)[len(before) :]) <= {"register"}
+
+
+def _outs(text: str) -> dict[str, str]:
+    stages = load_yaml(text)["stages"].values()
+    return {out["path"]: out["md5"] for stage in stages for out in stage["outs"]}
 
 
 def test_a_cut_off_table_of_locks_and_temporaries_are_removed(project: Path) -> None:

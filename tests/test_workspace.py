@@ -213,9 +213,8 @@ def test_clean_keeps_interrupted_runs_for_a_week_and_live_ones_always(project: P
     resume = project / ".cola" / "resume" / "abc"
     resume.mkdir(parents=True)
     (resume / "lock").touch()
-    leftover = project / "artifacts" / ".prepare.123.tmp"
+    leftover = project / "artifacts" / ".prepare.123.cola-tmp"
     leftover.mkdir(parents=True)
-    os.utime(leftover, (0, 0))
     with opened(project, tree, _params(project, seed=3), TITLE) as live:
         assert clean(project) == [runs(project) / done, leftover]
         old = time.time() - WEEK - 60
