@@ -14,7 +14,7 @@ import httpx
 from prefect import State, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.exceptions import Abort, TerminationSignal
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME
+from prefect.settings import PREFECT_API_TLS_INSECURE_SKIP_VERIFY, PREFECT_API_URL, PREFECT_HOME
 from prefect.states import Crashed
 
 from cola_core.errors import RetryError
@@ -46,7 +46,7 @@ def _trouble() -> str | None:
     """
     try:
         health = f"{get_client(sync_client=True).api_url}health"
-        httpx.get(health, timeout=PATIENCE, verify=False).raise_for_status()  # noqa: S501  nothing secret is sent
+        httpx.get(health, timeout=PATIENCE, verify=not PREFECT_API_TLS_INSECURE_SKIP_VERIFY.value()).raise_for_status()
     except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: a temporary server that did not start
         return _line(error)
     return None
