@@ -201,4 +201,12 @@ def _value(value: Any) -> str:
 
 
 def _arguments(overrides: Sequence[str]) -> str:
-    return " ".join(f"-S {shlex.quote(override)}" for override in overrides)
+    return " ".join(f"-S {_quoted(override)}" for override in overrides)
+
+
+def _quoted(word: str) -> str:
+    """`word` for bash and zsh, on one line whatever it holds."""
+    if word.isprintable():
+        return shlex.quote(word)
+    marks = {"\\": "\\\\", "'": "\\'", "\n": "\\n"}
+    return "$'" + "".join(marks.get(c) or (c if c.isprintable() else f"\\u{ord(c):04x}") for c in word) + "'"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,17 @@ def test_hand_edits_are_refused_and_told_as_arguments_that_bring_them_back(root:
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     with pytest.raises(UserError, match="would drop") as refused:
         compose(root, {**NOTHING, "chain": "m2"})
-    words = shlex.split(str(refused.value).split("add: ")[1])
+    words = _in_bash(str(refused.value).split("add: ")[1])
     assert words[::2] == ["-S"] * (len(words) // 2)
     (root / "params.yaml").write_bytes(git(REPOSITORY, "show", "HEAD:params.yaml"))
     assert _read(compose(root, {**NOTHING, "chain": "m2"}, words[1::2])) == params
+
+
+def _in_bash(line: str) -> list[str]:
+    """The words that a user's shell makes of a line told to him."""
+    assert line.isprintable()
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], check=True, capture_output=True)
+    return done.stdout.decode().split("\0")[:-1]
 
 
 def test_what_another_composition_changed_is_no_hand_edit(root: Path) -> None:
