@@ -98,5 +98,5 @@ def damaged(path: Path) -> UserError:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    text = json.dumps(content, sort_keys=True)
     return xxhash.xxh3_128(text.encode()).hexdigest()
