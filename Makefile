@@ -1,6 +1,7 @@
 # make run    environment, then the default recipe by `dvc repro`, then its scores
 # make test   environment, then the tests            make lint   style, types, layers, bandit
 # make audit  the lock against the databases of known vulnerabilities
+# make chaos  200 kills, 1,000 spoilt files of every kind and a guided search for worse ones: about FIGURE
 # make bench  time and memory beside the peers, 15 to 25 minutes on 2 cores (QUICK=1: 5, no table; ONLY=curves: that part again)
 # Elsewhere:  make run PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cu130   (empty: PyPI's own build)
 
@@ -28,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: run test lint audit bench setup clean
+.PHONY: run test chaos lint audit bench setup clean
 .DEFAULT_GOAL := run
 
 run: setup
@@ -39,6 +40,13 @@ run: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+chaos: setup
+	$(BIN)/python -m tests.chaos.kills --kills 200
+	$(BIN)/python -m tests.chaos.fuzz --files 1000
+	$(BIN)/python -m pip install --quiet '.[chaos]'
+	for kind in params jsonl csv adapter_config checkpoint; do \
+		$(BIN)/python -m tests.chaos.coverage_fuzz --kind $$kind --runs 2000 || exit 1; done
 
 lint: setup
 	$(BIN)/ruff check .
