@@ -16,22 +16,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from safetensors import safe_open
 
+from cola_core.assets.cache import cache_root
 from tests.chaos.checks import Outcome, outcome
-from tests.test_pipeline import environment, project
+from tests.test_pipeline import ROOT, environment, hashes, project
 
 __all__ = ["Life", "main"]
 
 MAKE, FLOW = ["make", "run"], [sys.executable, "-m", "flows.cli", "run"]
-PATIENCE = 600.0  # seconds after which a command that was not killed has hung
+PATIENCE = 3600.0  # seconds after which a command that was not killed has hung
 TICK = re.compile(r"link@(\d): (\d+)/")
 
 
@@ -46,11 +48,11 @@ class Trigger:
     latest: float = 9.0
 
 
-def triggers(draw: random.Random) -> Trigger:
-    """A random instant, or one within what is most easily torn."""
+def triggers(draw: random.Random, slow: float) -> Trigger:
+    """A random instant, or one within what is most easily torn; all of it `slow` times later on a large model."""
     kinds = [
         Trigger("any instant", latest=draw.uniform(0.2, 9.0)),
-        Trigger("in a write", files="**/.*.cola-tmp", after=draw.uniform(0.0, 0.01), latest=15.0),
+        Trigger("in a write", files="artifacts/**/.*.cola-tmp", after=draw.uniform(0.0, 0.01), latest=15.0),
         Trigger("in a checkpoint", files=".cola/resume/*/.*.cola-tmp", after=draw.uniform(0.0, 0.004), latest=15.0),
         Trigger("in dvc.lock", text="Updating lock file", after=draw.uniform(0.0, 0.3), latest=15.0),
         Trigger("in a step", text="link@", after=draw.uniform(0.0, 0.4), latest=15.0),
@@ -58,7 +60,8 @@ def triggers(draw: random.Random) -> Trigger:
         Trigger("in merge", text="Running stage 'merge'", after=draw.uniform(0.5, 4.0), latest=15.0),
         Trigger("between file and MLflow", text="Running stage 'register'", after=draw.uniform(1.0, 8.0), latest=15.0),
     ]
-    return draw.choice(kinds)
+    found = draw.choice(kinds)
+    return replace(found, after=found.after * slow, latest=found.latest * slow)
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Life:
     folder: Path
     cache: str
     draw: random.Random
+    slow: float = 1.0
     kills: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -75,7 +79,7 @@ class Life:
         """Kill up to `most` times, then let it end; `flows` is the share of commands that are `cola run`."""
         while len(self.kills) < most and not self.failures:
             command = FLOW if self.draw.random() < flows else MAKE
-            if not self._start(command, triggers(self.draw)):
+            if not self._start(command, triggers(self.draw, self.slow)):
                 break
         if not self.failures:
             self._start(MAKE, None)
@@ -107,7 +111,7 @@ class Life:
                 if trigger is None:
                     self.failures.append(f"hung\n{log.read_text(errors='replace')[-3000:]}")
                 return True
-            time.sleep(0.002)
+            time.sleep(0.005)
         return False
 
     def _due(self, trigger: Trigger, log: Path) -> bool:
@@ -160,14 +164,26 @@ def prepare(folder: Path, cache: str) -> Path:
     """A clone that `make run` takes for set up, and whose links log live from their first step."""
     folder.mkdir(parents=True)
     root = project(folder, cache)
-    (root / ".venv").mkdir()
-    for part in Path(sys.prefix).glob("[!.]*"):
-        (root / ".venv" / part.name).symlink_to(part)
-    (root / ".venv/.ready").touch()
+    _set_up(root)
     task = root / "tasks/link.py"
     task.write_text(task.read_text().replace("LIVE_AFTER = 10.0", "LIVE_AFTER = 0.0"))
     subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qam", "live"], cwd=root, check=True)
     return root
+
+
+def prepare_real(folder: Path) -> Path:
+    """A clone with the default recipe on the real model; its dvc.lock says what an undisturbed run came to."""
+    root = folder / "project"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(root)], check=True)
+    _set_up(root)
+    return root
+
+
+def _set_up(root: Path) -> None:
+    (root / ".venv").mkdir()
+    for part in Path(sys.prefix).glob("[!.]*"):
+        (root / ".venv" / part.name).symlink_to(part)
+    (root / ".venv/.ready").touch()
 
 
 def undisturbed(folder: Path) -> Outcome:
@@ -184,8 +200,11 @@ def main(
     seed: Annotated[int, typer.Option(help="Of instants and commands.")] = 0,
     each: Annotated[int, typer.Option(help="Kills in one life at most.")] = 12,
     flows: Annotated[float, typer.Option(help="Share of `cola run`.")] = 0.15,
+    real: Annotated[bool, typer.Option("--real", help="One life of the default recipe on the real model.")] = False,
 ) -> None:
     """Kill until there were `kills`; exit code 1 if anything was lost or left."""
+    if real:
+        return _real(kills, random.Random(seed))
     draw, done, failed, started = random.Random(seed), 0, 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cola-chaos-") as name:
         wanted = undisturbed(Path(name) / "undisturbed")
@@ -206,6 +225,19 @@ def main(
                 shutil.rmtree(place)
     print(f"{done} kills in {number} lives, {failed} lives with a failure, {(time.monotonic() - started) / 60:.1f} min")
     raise SystemExit(bool(failed))
+
+
+def _real(kills: int, draw: random.Random) -> None:
+    """The default recipe, killed `kills` times, against the hashes of the committed dvc.lock."""
+    with tempfile.TemporaryDirectory(prefix="cola-chaos-") as name:
+        root = prepare_real(Path(name))
+        wanted, started = hashes(root), time.monotonic()
+        life = Life(root, str(cache_root()), draw, slow=12.0)
+        life.live(kills, flows=0.0)
+        wrong = life.failures or outcome(root, life.cache).differences(Outcome(wanted, [], Counter(), 1, ""))
+        minutes = (time.monotonic() - started) / 60
+        print(*life.kills, *wrong, f"{len(life.kills)} kills of the real model, {minutes:.1f} min", sep="\n")
+    raise SystemExit(bool(wrong))
 
 
 if __name__ == "__main__":
