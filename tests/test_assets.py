@@ -398,7 +398,7 @@ def test_the_stage_writes_both_folders_the_same_way_twice(
         hashes.append(tree_hash(tmp_path / "artifacts"))
         shutil.rmtree(cache)
     assert hashes[0] == hashes[1]
-    assert [f.name for f in (tmp_path / "artifacts/fetch/data").iterdir()] == ["train.csv"]
+    assert sorted(f.name for f in (tmp_path / "artifacts/fetch/data").iterdir()) == ["files.json", "train.csv"]
     assert (tmp_path / "artifacts/fetch/model/cola.json").is_file()
 
 

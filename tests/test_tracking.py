@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cola_core.errors import RetryError, UserError
-from cola_core.files import write_json
+from cola_core.sealed import write_sealed
 from tasks import live as live_log
 from tasks import sync as sync_module
 from tasks.pending import unsynced
@@ -243,7 +243,7 @@ def test_no_secret_reaches_the_store(checkout: Path) -> None:
     context = Context(stage="fetch", key=None, raw=RAW, used=used)
     path = record(context, Done(), time.time())
     assert "hunter2" not in path.read_text()
-    write_json(path, json.loads(path.read_text()) | {"params": used})  # as older code left it
+    write_sealed(path, "record", json.loads(path.read_text()) | {"params": used})  # as a stage that masks nothing would
     sync()
     with sqlite3.connect(checkout / "mlflow.db") as database:
         assert "hunter2" not in "\n".join(database.iterdump())

@@ -26,7 +26,7 @@ from cola_core.data.examples import read_examples
 from cola_core.data.prepared import write_prepared
 from cola_core.data.splits import split
 from cola_core.files import new_dir, write_json
-from cola_core.rows import read_rows
+from cola_core.split_files import read_rows
 from tests.chaos.mutations import mutate, respell
 
 __all__ = ["ANSWERS", "SECTION", "WRITERS", "broken", "codec", "prepare", "seeds", "write_tokenizer"]
