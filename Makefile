@@ -42,6 +42,7 @@ test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 chaos: setup
+	$(BIN)/python -m pytest -m chaos tests
 	$(BIN)/python -m tests.chaos.kills --kills 200
 	$(BIN)/python -m tests.chaos.fuzz --files 1000
 	$(BIN)/python -m pip install --quiet '.[chaos]'

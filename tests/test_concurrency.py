@@ -51,6 +51,7 @@ def _workspace(root: Path, output: str) -> Path:
     return root / ".cola/workspaces" / output.rsplit("cola adopt ", 1)[1].split()[0].strip("'\")")
 
 
+@pytest.mark.chaos
 def test_ten_flows_and_dvc_repro_at_once(tmp_path: Path, empty_database: Path) -> None:  # noqa: F811
     root, port = make(tmp_path), free_port()
     shutil.copy(empty_database, root / "mlflow.db")

@@ -22,6 +22,7 @@ from cola_core.config.task import PrepareConfig
 from cola_core.data.tables import read_table
 from cola_core.data.templates import template
 from cola_core.errors import RetryError, UserError
+from cola_core.sealed import seal_folder
 from tasks import prepare
 from tasks.stage import Context
 from tests.chaos import fuzz, readers, rows
@@ -182,6 +183,7 @@ def _staged(folder: Path, train: list[tuple[str, str]], test: list[tuple[str, st
         for name, table in (("train", train), ("test", test)):
             text = "".join(f"{word}\t{label}\n" for word, label in [("text", "label"), *table])
             (folder / prepare.DATA / f"{name}.tsv").write_text(text)
+        seal_folder(folder / prepare.DATA)
         section = {**rows.SECTION, "test": None, "duplicates": policy}
         try:
             prepare.main(Context("prepare", None, {"seed": 0, "prepare": section}))

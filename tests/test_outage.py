@@ -296,6 +296,7 @@ def _hold(path: Path, seconds: float) -> threading.Thread:
     return thread
 
 
+@pytest.mark.chaos
 def test_another_writer_is_waited_for_and_then_told_of_in_plain_words(checkout: Path) -> None:
     """MLflow waits for twenty seconds."""
     left("fetch")

@@ -25,7 +25,8 @@ from cola_core.data.encode import Codec, encode
 from cola_core.data.examples import read_examples
 from cola_core.data.prepared import write_prepared
 from cola_core.data.splits import split
-from cola_core.files import new_dir, write_json
+from cola_core.files import new_dir
+from cola_core.sealed import write_sealed
 from cola_core.split_files import read_rows
 from tests.chaos.mutations import mutate, respell
 
@@ -59,7 +60,7 @@ def write_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True)
     for name, data in _tokenizer().items():
         (folder / name).write_bytes(data)
-    write_json(folder / "cola.json", {"kind": "causal"})
+    write_sealed(folder / "cola.json", "base", {"kind": "causal", "checksums": {}})
 
 
 @functools.cache
