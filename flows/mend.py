@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from cola_core.errors import RetryError, UserError
@@ -59,9 +60,22 @@ def _is_stage(entry: Any) -> bool:
 
 
 def _is_lock_table(path: Path) -> bool:
+    """Whether a living process holds something in it; DVC takes a zombie or a stranger of the same number for one."""
+    written = path.stat().st_mtime
     try:
-        return isinstance(json.loads(path.read_bytes()), dict)
-    except ValueError:
+        held = [info for infos in json.loads(path.read_bytes()).values() for info in infos.values()]
+        pids = {int(one["pid"]) for info in held for one in (info if isinstance(info, list) else [info])}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return not pids or any(_lived(pid, written) for pid in pids)
+
+
+def _lived(pid: int, moment: float) -> bool:
+    """Whether a process that lives was there at `moment` already."""
+    try:
+        process = psutil.Process(pid)
+        return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= moment)
+    except psutil.Error:
         return False
 
 

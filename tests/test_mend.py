@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from miniature import make, ran, variables
 from test_workspace import _dvc_repro
@@ -59,3 +64,22 @@ def test_nothing_is_mended_while_another_dvc_works(project: Path) -> None:
     with opened_project(project) as repo, repo.lock:
         assert mend(project) == [] and (project / "dvc.lock").exists()
     assert mend(project) and not (project / "dvc.lock").exists()
+
+
+@pytest.mark.parametrize("left", ["a zombie", "a number used again"])
+def test_a_dead_holder_of_a_lock_does_not_block_for_ever(project: Path, left: str) -> None:
+    """DVC looks only whether there is a process of that number."""
+    _dvc_repro(project)
+    child = subprocess.Popen(["sleep", "0" if left == "a zombie" else "600"])
+    if left == "a zombie":
+        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+    table = project / ".dvc/tmp/rwlock"
+    holder = {"pid": child.pid, "cmd": "dvc repro"}
+    table.write_text(json.dumps({"write": {str(project / "artifacts/fetch"): holder}, "read": {}}))
+    os.utime(table, (0, 0)) if left != "a zombie" else None
+    assert mend(project) and not table.exists()
+    table.write_text(json.dumps({"read": {str(project / "artifacts/fetch"): [{"pid": os.getpid(), "cmd": "dvc"}]}}))
+    assert mend(project) == [] and table.exists(), "a living one is waited for"
+    child.kill()
+    child.wait()
