@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from miniature import make, ran, variables
+from miniature import make, ran, variables, weather
 from test_workspace import _dvc_repro
 
 from cola_core.config.base import load_yaml
@@ -83,3 +84,20 @@ def test_a_dead_holder_of_a_lock_does_not_block_for_ever(project: Path, left: st
     assert mend(project) == [] and table.exists(), "a living one is waited for"
     child.kill()
     child.wait()
+
+
+def test_a_stage_ends_with_the_dvc_that_started_it(project: Path) -> None:
+    """Nobody would take what it makes, and the next `dvc repro` would start a second one beside it."""
+    (weather(project) / "evaluate.fails").write_text("sleep")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "dvc", "repro", "--quiet"]
+    dvc = subprocess.Popen(command, cwd=project, env={**os.environ, "PATH": path}, start_new_session=True)
+    while "evaluate" not in ran(project):
+        assert dvc.poll() is None
+        time.sleep(0.05)
+    (stage,) = [p for p in psutil.Process(dvc.pid).children(recursive=True) if "tasks.evaluate" in p.cmdline()]
+    dvc.kill()
+    dvc.wait()
+    gone, _ = psutil.wait_procs([stage], timeout=30)
+    assert gone or stage.status() == psutil.STATUS_ZOMBIE
+    assert not (weather(project) / "woke").exists()

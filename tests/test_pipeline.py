@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors import safe_open
 
 from cola_core.config.params import check_params
 
@@ -317,6 +318,38 @@ def test_a_flipped_bit_stops_the_stage_that_would_use_it(
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stdout + done.stderr
     assert path in done.stderr and "changed since it was written" in done.stderr
+
+
+@pytest.mark.parametrize("farewell", [signal.SIGINT, signal.SIGTERM])
+def test_a_link_stopped_by_hand_keeps_its_last_step(
+    run: Path, cache: str, tmp_path: Path, farewell: signal.Signals
+) -> None:
+    """Checkpoints are far apart: the one that is found was written on the way out."""
+    folder = copy_of(run, tmp_path / "copy")
+    raw = yaml.safe_load((folder / "params.yaml").read_text())
+    raw["chain"]["1"]["link"] = {"steps": 4000, "checkpoint_every": 4000, "validate_every": 4000}
+    raw["schedule"]["horizon"] = 4006
+    (folder / "params.yaml").write_text(yaml.safe_dump(raw))
+    command, kept = [sys.executable, "-m", "tasks.link", "1"], 0
+    for _ in range(2):
+        with subprocess.Popen(
+            command, cwd=folder, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        ) as child:  # fmt: skip
+            assert child.stdout is not None
+            line = child.stdout.readline()
+            while not line.startswith("link@1: "):
+                line = child.stdout.readline()
+            step = int(line.split()[1].partition("/")[0])
+            assert step == kept + 1, "goes on behind the last step"
+            child.send_signal(farewell)
+            _, told = child.communicate(timeout=60)
+        assert child.returncode == 128 + farewell
+        assert told.splitlines()[-1] == "link: stopped; the same command goes on from here, a link from its last step"
+        (state,) = (folder / ".cola/resume").glob("*/state.safetensors")
+        with safe_open(state, framework="pt") as file:
+            kept = json.loads(file.metadata()["progress"])["step"]
+        assert kept >= step
 
 
 def test_killed_ten_times_it_ends_as_if_nothing_had_been(run: Path, tmp_path: Path) -> None:
