@@ -78,6 +78,7 @@ def test_ten_flows_and_dvc_repro_at_once(tmp_path: Path, empty_database: Path) -
     assert (git(root, "status", "--porcelain"), git(root, "rev-parse", "HEAD")) == before
 
 
+@pytest.mark.chaos
 def test_two_flows_without_a_server(tmp_path: Path, empty_database: Path) -> None:  # noqa: F811
     """Each starts a temporary server of its own, on one database that neither has yet."""
     root = make(tmp_path)
