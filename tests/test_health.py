@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ from cola_core.links import run_link
 from tests.lab import FP32, LINK, chain_of, grow, job_of, logits_of, model_of, root_of, rows_of
 
 FAST = {"learning_rate": 3.0, "head_learning_rate": 3.0, "warmup": 0.0, "decay": "constant"}
+
+
+@pytest.fixture(autouse=True)
+def _hears_ctrl_c() -> Iterator[None]:
+    """A shell's background job starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 NAMED = {"q.A": Parameter(torch.ones(2)), "v.B": Parameter(torch.full((2,), 9.0))}
 
 
