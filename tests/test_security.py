@@ -182,7 +182,7 @@ def test_cola_ui_listens_on_loopback_and_its_command_lines_tell_nothing(tmp_path
     finally:
         with suppress(ProcessLookupError):
             os.kill(child_of(process.pid), signal.SIGINT)
-        process.wait(60)
+        process.wait(180)
     seen = json.loads(ports.read_text())
     assert {int(port.split(":")[1], 16) for port in seen} >= {5001, 4200} and all(loopback(port) for port in seen)
     assert any("mlflow" in line for line in lines) and not [line for line in lines if CANARY in line]
