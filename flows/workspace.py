@@ -65,9 +65,10 @@ def opened(root: Path, tree: str, params: str, title: str) -> Iterator[Workspace
     with lock:
         whole = bool(_said(lock))
         lock.truncate(0)
-        if not (whole and _reusable(path, changed)):
+        if whole and _reusable(path, changed):
+            mend(path)
+        else:
             _make(root, path, commit)
-        mend(path)
         _say(lock, "made")
         yield Workspace(path, lock)
 

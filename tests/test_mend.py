@@ -1,3 +1,4 @@
+# ruff: noqa: F811  a fixture is named where it is imported and where it is asked for
 """What a killed DVC leaves half-written is mended, and what is whole or in use is left alone."""
 
 from __future__ import annotations
@@ -11,21 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from miniature import make, ran, variables, weather
-from test_workspace import _dvc_repro
+from miniature import ran, weather
+from test_workspace import _dvc_repro, project  # noqa: F401
 
 from cola_core.config.base import load_yaml
 from flows.mend import mend
 from flows.project import project as opened_project
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = make(tmp_path)
-    for name, value in variables(root).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(root)
-    return root
 
 
 def test_a_cut_off_lock_file_costs_nothing(project: Path) -> None:
