@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import xxhash
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, uint8
 
-from cola_core.errors import UserError
+from cola_core.headers import whole
 
 __all__ = ["digest", "load_tensors", "save_tensors"]
 
@@ -27,12 +26,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: missing, or not a whole safetensors file.
     """
-    try:
+    with whole(path):
         return dict(load_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc checkout`") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -9,14 +9,13 @@ from pathlib import Path
 
 from cola_core.assets.cache import cache_root
 from cola_core.files import SUFFIX, sweep
-from flows.locks import try_lock
+from cola_core.locks import try_lock
 from flows.snapshot import git, runs
 from tasks.pending import unposted_files
 
 __all__ = ["clean", "trim"]
 
 WEEK = 7 * 24 * 3600.0
-DAY = 24 * 3600.0
 KEPT = 10  # finished workspaces that `trim` leaves for `cola adopt`
 
 
@@ -83,12 +82,7 @@ def _resume(folder: Path, limit: float) -> Iterator[Path]:
 
 
 def _temporaries(root: Path, folder: Path) -> Iterator[Path]:
-    """What killed processes left half-written: folders of `cola_core.files` at once, files of DVC after a day."""
+    """What killed processes of ours left half-written; `flows.mend` removes what DVC left."""
     for place in (folder.parent, root / "artifacts", cache_root()):
         for parent in sorted({path.parent for path in place.rglob(f".*{SUFFIX}")}):
             yield from sweep(parent)
-    for place in (root / "artifacts", root / ".dvc" / "cache"):
-        for path in sorted(place.rglob(".*.tmp")):
-            if path.is_file() and path.stat().st_mtime < time.time() - DAY:
-                path.unlink()
-                yield path

@@ -75,7 +75,7 @@ def _probing(config: ProfileConfig, params: Params, size: Sizes, batch: Work) ->
 
 
 def _link(key: str, params: Params, size: Sizes) -> Cost:
-    """Training steps, a forward over the validation rows at every validation, and the knot."""
+    """Training steps, a forward over the validation rows at every validation (and without the link), and the knot."""
     config = knot_of(params, key).link
     ranks, shape = reference_ranks(key, params, size), size.shape
     trainable = sum(rank * sum(shape.modules[name]) for name, rank in ranks.items())
@@ -89,7 +89,8 @@ def _link(key: str, params: Params, size: Sizes) -> Cost:
     kept = activations(shape, batch, ranks, WIDTH[params.machine.dtype], checkpointing=checkpointing)
     steps = config.steps * lora_step(shape, _work(params, size, "train", config.batch), ranks, checkpointing)
     checked = forward(shape, _work(params, size, "validation", size.splits["validation"].rows), ranks)
-    flops = steps + math.ceil(config.steps / config.validate_every) * checked + knot(shape, ranks)
+    validations = math.ceil(config.steps / config.validate_every) + (config.keep_link == "if_better")
+    flops = steps + validations * checked + knot(shape, ranks)
     return Cost(trainable, flops, _memory(params, size, ADAM * trainable + kept + logits_bytes(shape, batch)))
 
 

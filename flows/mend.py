@@ -15,9 +15,10 @@ import psutil
 import yaml
 
 from cola_core.errors import RetryError, UserError
-from flows.locks import try_lock
+from cola_core.locks import try_lock
 from flows.project import project
 from flows.snapshot import runs
+from tasks.follow import alive
 
 __all__ = ["mend"]
 
@@ -74,7 +75,7 @@ def _lived(pid: int, moment: float) -> bool:
     """Whether a process that lives was there at `moment` already."""
     try:
         process = psutil.Process(pid)
-        return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= moment)
+        return bool(alive(process) and process.create_time() <= moment)
     except psutil.Error:
         return False
 

@@ -23,8 +23,8 @@ from flows.child import Dvc, environment
 from flows.clean import trim
 from flows.compose import choices, compose
 from flows.graph import Stage, outline
-from flows.locks import pool_size, slot
 from flows.server import only_shown, reported, stoppable
+from flows.slots import pool_size, slot
 from flows.snapshot import checkout, runs, snapshot, unpacked
 from flows.workspace import Workspace, opened
 from tasks.pending import unsynced

@@ -7,7 +7,7 @@ from typing import Any
 
 from cola_core.config.base import read_yaml
 from flows.child import quiet
-from flows.locks import pool_size
+from flows.slots import pool_size
 from flows.snapshot import checkout
 
 __all__ = ["serve"]

@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_API_TLS_INSECURE_SKIP_VERIFY, PREFECT_API_U
 from prefect.states import Crashed
 
 from cola_core.errors import RetryError
-from flows.locks import alone
+from cola_core.locks import alone
 
 __all__ = ["Unreported", "check_server", "leave", "only_shown", "reported", "stoppable"]
 

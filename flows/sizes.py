@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from cola_core.arithmetic.shape import Shape
-from cola_core.errors import UserError
 from cola_core.files import read_json
+from cola_core.headers import parameters
 from cola_core.root import base_manifest
 from cola_core.rows import Task
 from cola_core.split_files import read_rows
@@ -68,15 +65,7 @@ def sizes(root: Path) -> Sizes | None:
 
 def _weights(model: Path) -> int:
     """Parameters in a model's safetensors files, from their headers; a large model comes in several."""
-    return sum(map(_parameters, model.glob("*.safetensors")))
-
-
-def _parameters(path: Path) -> int:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout`") from None
+    return sum(map(parameters, model.glob("*.safetensors")))
 
 
 def _lengths(path: Path) -> Lengths:

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from cola_core.errors import RetryError, UserError, suggest
 from cola_core.files import new_dir, new_file
-from flows.locks import try_lock
+from cola_core.locks import try_lock
 from flows.mend import mend
 from flows.project import project
 from flows.snapshot import commit_tree, git, runs

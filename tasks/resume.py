@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from cola_core.files import tree_hash
+from cola_core.locks import alone, try_lock
 from tasks.places import home
 from tasks.stage import Context, identity
 
@@ -30,7 +28,8 @@ def resume_folder(context: Context, inputs: Sequence[Path]) -> Iterator[Path]:
     one ended. The caller has read its parameters already.
     """
     folder = home() / "resume" / _key(context, inputs)
-    with _lock(folder, f"{context.stage}: another process is at the same work; this one waits for its result"):
+    busy = f"{context.stage}: another process is at the same work; this one waits for its result"
+    with alone(folder / "lock", lambda: print(busy, flush=True)):
         forget_finished()
         yield folder
         (folder / "done").touch()
@@ -39,45 +38,9 @@ def resume_folder(context: Context, inputs: Sequence[Path]) -> Iterator[Path]:
 def forget_finished() -> None:
     """Remove the resume state of stages that ended well, as a stage after them does when it starts."""
     for note in sorted((home() / "resume").glob("*/done")):
-        with suppress(FileNotFoundError), (note.parent / "lock").open("r") as lock:
-            if _held(lock):
+        if lock := try_lock(note.parent / "lock"):
+            with lock:
                 shutil.rmtree(note.parent, ignore_errors=True)
-
-
-def _lock(folder: Path, busy: str) -> TextIO:
-    """The locked file of `folder`; `busy` is printed once if another process has it.
-
-    `forget_finished` may remove the folder while this process waits: then it is made again, and locked anew.
-    """
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = (folder / "lock").open("w")
-        except FileNotFoundError:
-            continue
-        if not _held(lock):
-            print(busy, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if _stands(lock):
-            return lock
-        lock.close()
-
-
-def _stands(lock: TextIO) -> bool:
-    """Whether the path is still this file."""
-    try:
-        return os.path.samestat(os.fstat(lock.fileno()), Path(lock.name).stat())
-    except FileNotFoundError:
-        return False
-
-
-def _held(lock: TextIO) -> bool:
-    """Whether this process has the lock now."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _key(context: Context, inputs: Sequence[Path]) -> str:

@@ -8,7 +8,6 @@ import importlib
 import os
 import signal
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from cola_core.errors import RetryError, UserError, of_the_system
 from cola_core.files import read_json, tree_hash, write_json
 from cola_core.sealed import write_sealed
 from cola_core.secrets import guard, mask, masked
+from tasks.follow import follow
 from tasks.places import home
 
 __all__ = ["Context", "Done", "run"]
@@ -160,9 +160,8 @@ def run(stage: Callable[[Context], Done]) -> None:
     atexit.register(gc.freeze)  # nor need Python look through all of it before it goes: a second more
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    if "DVC_STAGE" in os.environ:
-        threading.Thread(target=_follow, args=[os.getppid()], daemon=True).start()
     name = Path(sys.argv[0]).stem
+    follow(name)
     try:
         context = open_context(name, sys.argv[1] if len(sys.argv) > 1 else None)
         _tracked(stage, context)
@@ -183,13 +182,6 @@ class Stopped(KeyboardInterrupt):
 
 def _stop(number: int, _: object) -> None:
     raise Stopped(number)
-
-
-def _follow(parent: int) -> None:
-    """Stop when the parent is gone: nobody takes what is made after DVC was killed, and a second would start beside."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _tracked(stage: Callable[[Context], Done], context: Context) -> None:

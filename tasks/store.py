@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cola_core.errors import RetryError, UserError
+from cola_core.locks import alone
 from cola_core.secrets import mask
 from tasks.places import home, main_checkout
 
@@ -131,10 +131,8 @@ def open_store() -> Iterator[Store]:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold `.cola/<name>.lock`; the lock of a process that died is free."""
-    home().mkdir(parents=True, exist_ok=True)
-    with (home() / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold `.cola/<name>.lock`."""
+    with alone(home() / f"{name}.lock"):
         yield
 
 

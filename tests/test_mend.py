@@ -78,12 +78,20 @@ def test_a_dead_holder_of_a_lock_does_not_block_for_ever(project: Path, left: st
     child.wait()
 
 
-def test_a_stage_ends_with_the_dvc_that_started_it(project: Path) -> None:
-    """Nobody would take what it makes, and the next `dvc repro` would start a second one beside it."""
+@pytest.mark.parametrize("becomes", ["exec ", ""])
+def test_a_stage_ends_with_the_dvc_that_started_it(project: Path, becomes: str) -> None:
+    """Nobody would take what it makes, and the next `dvc repro` would start a second one beside it.
+
+    DVC asks a shell, and some become the command that they are given, some wait for it.
+    """
     (weather(project) / "evaluate.fails").write_text("sleep")
+    shell = project.parent / "shell"
+    shell.write_text(f"#!/bin/sh\nfor command; do :; done\n{becomes}$command\n")
+    shell.chmod(0o755)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, "-m", "dvc", "repro", "--quiet"]
-    dvc = subprocess.Popen(command, cwd=project, env={**os.environ, "PATH": path}, start_new_session=True)
+    mine = {**os.environ, "PATH": path, "SHELL": str(shell)}
+    dvc = subprocess.Popen(command, cwd=project, env=mine, start_new_session=True)
     while "evaluate" not in ran(project):
         assert dvc.poll() is None
         time.sleep(0.05)

@@ -16,10 +16,11 @@ import pytest
 from miniature import git, make, ran, variables
 
 from cola_core.errors import RetryError, UserError
+from cola_core.locks import try_lock
 from flows.child import Dvc
 from flows.clean import WEEK, clean, trim
 from flows.graph import plan
-from flows.locks import pool_size, slot, try_lock
+from flows.slots import pool_size, slot
 from flows.snapshot import runs, snapshot
 from flows.workspace import Workspace, adopt, opened
 from tasks.pending import note_synced, state
@@ -267,7 +268,7 @@ def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path: Path, monkeypatch: p
         lock(file, how)
 
     removed: list[bool] = []
-    monkeypatch.setattr("flows.locks.fcntl.flock", late)
+    monkeypatch.setattr("cola_core.locks.fcntl.flock", late)
     held = try_lock(path)
     assert held is not None and removed and try_lock(path) is None
 
@@ -278,7 +279,7 @@ def test_slots_are_as_many_as_the_cores_allow(tmp_path: Path) -> None:
     with slot(tmp_path, 2, lambda: told.append("waits")), slot(tmp_path, 2, lambda: told.append("waits")):
         assert not told
         script = (
-            "from pathlib import Path; from flows.locks import slot\n"
+            "from pathlib import Path; from flows.slots import slot\n"
             f"with slot(Path({str(tmp_path)!r}), 2, lambda: print('waits', flush=True), 0.05): print('in')"
         )
         third = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

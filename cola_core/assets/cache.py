@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from cola_core.locks import alone
 
 __all__ = ["cache_root", "locked"]
 
@@ -19,7 +20,5 @@ def cache_root() -> Path:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of `path` (a file `path`.lock beside it), waiting for another process that makes the same thing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with alone(path.with_name(path.name + ".lock")):
         yield

@@ -1,0 +1,42 @@
+"""A stage ends with the DVC that started it: nobody would take what it makes, and the next would start beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import psutil
+
+__all__ = ["alive", "follow"]
+
+LOOK = 0.2  # seconds
+
+
+def follow(stage: str) -> None:
+    """Send this process SIGTERM once the DVC that runs `stage` is gone; without DVC nothing is followed."""
+    if "DVC_STAGE" in os.environ and (driver := _driver(f"tasks.{stage}")):
+        threading.Thread(target=_end_with, args=[driver], daemon=True).start()
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs and is still the process it was: neither a zombie nor another one under its number."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _driver(module: str) -> psutil.Process | None:
+    """The nearest process above that was not given `module` itself: not every shell becomes the command it is given."""
+    parent = psutil.Process().parent()
+    while parent is not None and any(module in word for word in parent.cmdline()):
+        parent = parent.parent()
+    return parent
+
+
+def _end_with(driver: psutil.Process) -> None:
+    while alive(driver):
+        time.sleep(LOOK)
+    os.kill(os.getpid(), signal.SIGTERM)
