@@ -39,7 +39,7 @@ run: setup
 	@$(BIN)/python -m tasks.show
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 chaos: setup
 	$(BIN)/python -m pytest -m chaos tests

@@ -15,8 +15,8 @@ from cola_core.files import scratch
 from cola_core.sealed import write_sealed
 from cola_core.secrets import mask
 from tasks.places import ARTIFACTS, home
+from tasks.records import identity
 from tasks.release import FOLDER, Release, pack, read_release, registration
-from tasks.stage import identity
 from tasks.store import Store
 
 __all__ = ["ALIAS", "publish", "restore"]

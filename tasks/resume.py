@@ -12,7 +12,8 @@ from pathlib import Path
 from cola_core.files import tree_hash
 from cola_core.locks import alone, try_lock
 from tasks.places import home
-from tasks.stage import Context, identity
+from tasks.records import identity
+from tasks.stage import Context
 
 __all__ = ["forget_finished", "resume_folder"]
 

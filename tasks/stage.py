@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,11 +20,10 @@ from pydantic import BaseModel
 
 from cola_core.config.base import parse, read_yaml
 from cola_core.errors import RetryError, UserError, of_the_system
-from cola_core.files import read_json, tree_hash, write_json
-from cola_core.sealed import write_sealed
-from cola_core.secrets import guard, mask, masked
+from cola_core.files import write_json
+from cola_core.secrets import guard, mask
 from tasks.follow import follow
-from tasks.places import home
+from tasks.records import record
 
 __all__ = ["Context", "Done", "run"]
 
@@ -39,6 +37,8 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 IMPORTED = 50_000  # new objects between two collections: torch's and transformers' stay, 700 at a time costs a second
+# Intel's kernels else may split a sum by the load and the caches they find; this costs nothing and fixes both.
+STEADY = {"MKL_CBWR": "AUTO"}
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -91,14 +91,6 @@ class Context:
         return parse(model, data, f"chain.{key}.{name}" if changes else name)
 
 
-def identity(path: Path) -> str:
-    """The hash by which records know an artifact: of its manifest where it has one, else of all its bytes."""
-    for manifest in ("cola.json", "link.json", "chain.json", "manifest.json"):
-        if (path / manifest).is_file():
-            return tree_hash(path / manifest)
-    return tree_hash(path)
-
-
 def open_context(stage: str, key: str | None, params: Path = Path("params.yaml")) -> Context:
     """Read and check params.yaml for one stage.
 
@@ -115,46 +107,10 @@ def open_context(stage: str, key: str | None, params: Path = Path("params.yaml")
     return Context(stage=f"{stage}@{key}" if key else stage, key=key, raw=raw)
 
 
-def chain_hash(paths: Sequence[Path]) -> str | None:
-    """The hash that commits to the whole chain so far, from the first path that carries one."""
-    for path in paths:
-        if (path / "chain.json").is_file():
-            return str(read_json(path / "chain.json")["hash"])
-        if (path / "link.json").is_file():
-            return tree_hash(path / "link.json")
-    return None
-
-
-def record(context: Context, done: Done, started: float, status: str = "FINISHED") -> Path:
-    """Leave what a run used, made and measured under `.cola/records`; `sync` posts it to MLflow once."""
-    now = time.time()
-    content = {
-        "id": context.record_id,
-        "stage": context.stage,
-        "status": status,
-        "experiment": context.raw["register"]["name"],
-        "chain": chain_hash([*done.outputs, *done.inputs]),
-        "started": datetime.fromtimestamp(started, UTC).isoformat(),
-        "seconds": round(now - started, 3),
-        "params": masked(context.used),
-        "recipe": context.raw["recipe"],
-        "task": context.raw["task"],
-        "seed": context.raw["seed"],
-        "metrics": done.metrics,
-        "series": done.series,
-        "inputs": {path.as_posix(): identity(path) for path in done.inputs},
-        "outputs": {path.as_posix(): identity(path) for path in done.outputs},
-        "artifacts": [str(path.resolve()) for path in done.artifacts],
-    }
-    path = home() / "records" / f"{context.stage}-{context.record_id}.json"
-    write_sealed(path, "record", content)
-    return path
-
-
 def run(stage: Callable[[Context], Done]) -> None:
     """Run one stage as `python -m tasks.<stage> [link]` and exit: 0, 2 for a user's mistake, 75 to try again later."""
     guard()
-    for name, value in QUIET.items():
+    for name, value in {**QUIET, **STEADY}.items():
         os.environ.setdefault(name, value)
     gc.set_threshold(IMPORTED)
     atexit.register(gc.freeze)  # nor need Python look through all of it before it goes: a second more

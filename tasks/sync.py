@@ -121,6 +121,7 @@ def _tags(record: Record, upstream: Sequence[str]) -> list[Any]:
 
     values = {name: str(record[name]) for name in ("stage", "recipe", "task", "seed")}
     values |= {"chain": record["chain"] or "", "upstream": ",".join(upstream)}
+    values |= {f"machine.{name}": str(value) for name, value in record.get("machine", {}).items()}
     values |= {f"in.{path}": value for path, value in record["inputs"].items()}
     values |= {f"out.{path}": value for path, value in record["outputs"].items()}
     return [RunTag(f"cola.{name}", value) for name, value in values.items() if value]

@@ -1,11 +1,24 @@
-"""What holds for every file of tests."""
+"""What holds for every file of tests, and the one run of the whole DAG that several of them look at."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+
+from cola_core.locks import alone
+from tests.tiny import environment, project
+from tests.watched import Watched, watch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: a long one at the end would leave the other worker idle."""
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -15,3 +28,30 @@ def own_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """The whole DAG by `dvc repro` on the tiny model, without network; the first worker that asks makes it for all."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    note = folder / "watched.json"
+    with alone(folder.with_suffix(".lock")):
+        if not note.exists():
+            made = watch(folder, project(folder / "project"), environment(str(folder / "cache")), "dvc", "repro")
+            note.write_text(json.dumps(asdict(made)))
+    found = Watched(**json.loads(note.read_text()))
+    assert found.code == 0, found.told
+    return found
+
+
+@pytest.fixture(scope="session")
+def run(finished: Watched) -> Path:
+    """Its project, which no test may change: `copy_of` is for that."""
+    return Path(finished.root)
+
+
+@pytest.fixture(scope="session")
+def cache(run: Path) -> str:
+    """Its cache of assets."""
+    return str(run.parent / "cache")

@@ -1,4 +1,3 @@
-# ruff: noqa: F811  fixtures are named twice: where they are imported and where they are asked for
 """The whole DAG, damaged and killed: what is broken is found before it is used, what is interrupted goes on."""
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from safetensors import safe_open
 
 from tests.chaos.checks import outcome
 from tests.chaos.kills import Life, prepare
-from tests.test_pipeline import cache, copy_of, environment, hashes, run  # noqa: F401
+from tests.tiny import copy_of, environment, hashes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -116,7 +115,7 @@ def test_a_link_stopped_by_hand_keeps_its_last_step(
 
 def test_killed_ten_times_it_ends_as_if_nothing_had_been(run: Path, tmp_path: Path) -> None:
     """The harness behind `make chaos`, which kills two hundred times."""
-    folder = prepare(tmp_path / "project", str(tmp_path / "cache"))
+    folder = prepare(tmp_path / "project")
     life = Life(folder, str(tmp_path / "cache"), random.Random(7))
     life.live(10)
     assert not life.failures and len(life.kills) >= 8, life.failures or life.kills

@@ -29,7 +29,8 @@ from test_tracking import RAW, checkout, empty_database, history, left, runs  # 
 from cola_core.errors import RetryError
 from tasks.live import Live
 from tasks.pending import unsynced
-from tasks.stage import Context, Done, record
+from tasks.records import record
+from tasks.stage import Context, Done
 from tasks.sync import sync
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -15,110 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from cola_core.config.params import check_params
+from tests.tiny import copy_of, environment, hashes, project, repro, stages_run
+from tests.watched import Watched
 
-ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-TOPICS = {"fruit": "apple pear plum cherry", "metal": "iron gold zinc copper", "sport": "tennis chess golf rowing"}
 
 
 @pytest.fixture(scope="module")
-def cache() -> Iterator[str]:
-    """One asset cache for the module; made by hand, since both clones must share it."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        yield folder
-
-
-def project(folder: Path, cache: str) -> Path:
-    """A clean clone of the work tree as it stands, with the default recipe on the tiny model and a small task."""
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, files.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    (folder / "dvc.lock").unlink(missing_ok=True)
-    for part, count in (("train", 90), ("test", 30)):
-        rows = [_row(index, part) for index in range(count)]
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
-    (folder / "params.yaml").write_text(yaml.safe_dump(small(raw)))
-    for command in (
-        ["init", "-q"],
-        ["add", "-A"],
-        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start"],
-    ):
-        subprocess.run(["git", *command], cwd=folder, check=True)
-    return folder
-
-
-def _row(index: int, part: str) -> dict[str, str]:
-    topic = list(TOPICS)[index % 3]
-    words = TOPICS[topic].split()
-    return {"text": f"{part} {index}: {words[index % 4]} and {words[(index // 3) % 4]}", "label": topic}
-
-
-def small(raw: dict[str, Any]) -> dict[str, Any]:
-    """The committed parameters with a tiny model, 2 x 6 steps and the small task."""
-    raw["task"] = "topics"
-    raw["fetch"] = {
-        "model": {"kind": "causal", "asset": "tiny:llama", "sha256": None},
-        "data": {name: {"asset": f"path:{name}.jsonl", "sha256": None} for name in ("train", "test")},
-    }
-    raw["prepare"] |= {
-        "prompt": "{{ text }}\nTopic:", "label": "{{ label }}", "answers": {t: f" {t}" for t in TOPICS},
-        "validation": 12, "probe": 8, "train": None, "max_tokens": 96,
-    }  # fmt: skip
-    raw["allocate"] |= {"r_max": 8, "r_min": 2, "rank": 4}
-    raw["profile"]["sketch"] = 8
-    raw["link"] |= {"checkpoint_every": 1, "validate_every": 3, "learning_rate": 5e-3}
-    raw["schedule"]["horizon"] = 12
-    for item in raw["chain"].values():
-        item["link"]["steps"] = 6
-    raw["evaluate"] |= {"rows": 12, "resamples": 100}
-    raw["register"]["name"] = "cola-topics"
-    check_params(raw)
-    return raw
-
-
-def environment(cache: str) -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "COLA_CACHE": cache, "PYTHONPATH": "."}
-
-
-def repro(folder: Path, cache: str, *arguments: str) -> str:
-    """`dvc repro`; returns what it printed."""
-    command = [sys.executable, "-m", "dvc", "repro", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment(cache), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def stages_run(output: str) -> list[str]:
-    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Output path -> hash, from dvc.lock; register's out names a store and stands apart."""
-    lock = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
-    outs = {out["path"]: out["md5"] for stage, entry in lock.items() if stage != "register" for out in entry["outs"]}
-    assert len(outs) == 2 + 1 + 2 + 1 + 3 * 2 + 2
-    return outs
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: Any, cache: str) -> Path:
-    """One finished run."""
-    folder = project(tmp_path_factory.mktemp("first"), cache)
-    ran = stages_run(repro(folder, cache))
-    assert sorted(ran) == sorted(
+def run(finished: Watched, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished run, which these tests change and put back."""
+    assert sorted(stages_run(finished.told)) == sorted(
         ["fetch", "prepare", "head", "evaluate_base", "merge", "evaluate", "register"]
         + [f"{stage}@{k}" for stage in ("profile", "allocate", "link") for k in (1, 2)]
     )
-    return folder
+    return copy_of(Path(finished.root), tmp_path_factory.mktemp("copy") / "project")
 
 
 def test_the_run_leaves_what_it_promises(run: Path) -> None:
@@ -157,15 +70,11 @@ def test_nothing_changed_nothing_runs(run: Path, cache: str) -> None:
     assert stages_run(repro(run, cache)) == []
 
 
-def test_law_6_another_clean_clone_gives_the_same_hashes(run: Path, cache: str, tmp_path: Path) -> None:
-    other = project(tmp_path / "second-and-longer-name", cache)
-    repro(other, cache)
-    assert hashes(other) == hashes(run)
-
-
-def test_law_6_a_prefect_flow_gives_the_same_hashes(run: Path, cache: str, tmp_path: Path) -> None:
+def test_law_6_a_prefect_flow_in_another_clean_clone_gives_the_same_hashes(
+    run: Path, cache: str, tmp_path: Path
+) -> None:
     """`cola run` in a clone of its own, with a temporary server; then its one printed command, `cola adopt`."""
-    folder = project(tmp_path / "flow", cache)
+    folder = project(tmp_path / "second-and-longer-name")
     quiet = {
         "PREFECT_HOME": str(tmp_path / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -182,6 +91,32 @@ def test_law_6_a_prefect_flow_gives_the_same_hashes(run: Path, cache: str, tmp_p
     assert (folder / "artifacts/evaluate/metrics.json").is_file()
 
 
+STAGE = """
+from tasks.stage import Done, run
+
+def stage(context):
+    import torch
+    torch.set_num_threads(1)
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    return Done()
+
+run(stage)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch computes without MKL")
+def test_law_6_no_kernel_splits_a_sum_by_the_load(run: Path, cache: str) -> None:
+    """MKL tells of every call: CNR is its mode of static schedules; and the record tells what last digits depend on."""
+    settings = environment(cache) | {"MKL_VERBOSE": "1"}
+    command = [sys.executable, "-c", STAGE]
+    done = subprocess.run(command, cwd=run, env=settings, capture_output=True, text=True, check=True)
+    calls = [line for line in done.stdout.splitlines() if "SGEMM" in line]
+    assert calls and all("CNR:AUTO" in line for line in calls)
+    (record,) = (run / ".cola/records").glob("-c-*.json")
+    assert json.loads(record.read_text())["machine"]["threads"] == 1
+    record.unlink()
+
+
 def _python(folder: Path, cache: str, *words: str) -> str:
     command = [sys.executable, *words]
     done = subprocess.run(command, cwd=folder, env=environment(cache), capture_output=True, text=True, check=True)
@@ -189,7 +124,7 @@ def _python(folder: Path, cache: str, *words: str) -> str:
 
 
 def test_law_7_killed_in_a_link_it_ends_the_same(run: Path, cache: str, tmp_path: Path) -> None:
-    folder = project(tmp_path, cache)
+    folder = project(tmp_path)
     command = [sys.executable, "-m", "dvc", "repro", "link@1"]
     child = subprocess.Popen(
         command, cwd=folder, env=environment(cache), stdout=subprocess.DEVNULL, start_new_session=True
@@ -248,15 +183,6 @@ def edited(folder: Path, key: str, value: Any) -> Iterator[None]:
         yield
     finally:
         params.write_text(before)
-
-
-def copy_of(run: Path, folder: Path) -> Path:
-    """A run that a test may spoil: nothing is linked to the first one's cache."""
-    shutil.copytree(run, folder, symlinks=True)
-    for file in folder.rglob("*"):
-        if not file.is_symlink():
-            file.chmod(0o755 if file.is_dir() else 0o644)
-    return folder
 
 
 @pytest.mark.parametrize(

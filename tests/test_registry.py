@@ -31,8 +31,9 @@ from cola_core.sealed import seal_folder, write_sealed
 from tasks import merge, prepare, register
 from tasks.export import export
 from tasks.places import ARTIFACTS, link_dir, main_checkout
+from tasks.records import record
 from tasks.release import card
-from tasks.stage import Context, Done, record
+from tasks.stage import Context, Done
 from tasks.store import open_store
 from tasks.sync import sync
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import stat
 import struct
@@ -15,13 +14,11 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import miniature
 import pytest
-import test_pipeline as pipeline
 import yaml
 from test_assets import params_for
 
@@ -32,77 +29,15 @@ from cola_core.data.comparison import comparable
 from cola_core.data.templates import template
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
-from tasks.stage import Context, Done, record
+from tasks.records import record
+from tasks.stage import Context, Done
+from tests.watched import CANARY, TOLD, WATCH, Watched, namespace, watch, watched_variables
 
 ROOT = Path(__file__).resolve().parents[1]
-WATCH = Path(__file__).parent / "watch"
-CANARY = "kan4r1" + "envogel"  # in two parts, so that this file is no finding in a clone
-TOLD = {"HF_TOKEN": CANARY, "PIP_INDEX_URL": f"https://me:{CANARY}@127.0.0.1:9/simple", "SOME_API_KEY": CANARY}
 
 PATIENT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "200"}
 
-# Who may unpickle, in servers alone: no stage does, and nothing of DVC, MLflow's client, torch or the hub's libraries.
-MAY_UNPICKLE = {
-    "multiprocessing": "spawn hands a worker of MLflow's and Prefect's servers its start through a pipe of its parent",
-    "docket": "the queue inside Prefect's server, in that process's own memory",
-}
-
-
 # 1, 2, 7: what runs, watched, in a namespace of its own
-
-
-def namespace() -> list[str]:
-    """The command that gives what follows a network of loopback alone."""
-    command = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
-    if not shutil.which("unshare") or not shutil.which("ip"):
-        pytest.skip("needs unshare (util-linux) and ip (iproute2)")
-    tried = subprocess.run([*command, "ip", "link", "set", "lo", "up"], capture_output=True, text=True, check=False)
-    if tried.returncode:
-        pytest.skip(f"no network namespaces here: {tried.stderr.strip()}")
-    return command
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What one watched command left: its words, what the watch noted, and where sockets listened."""
-
-    root: Path
-    told: str
-    code: int
-    notes: list[str]
-    ports: list[str]
-
-    def stopped(self) -> list[str]:
-        """Whoever unpickled without leave, and whoever asked for an address outside."""
-        return [note for note in self.notes if note.startswith(("refused", "left"))]
-
-    def processes(self) -> list[str]:
-        return [note.removeprefix("active ") for note in self.notes if note.startswith("active ")]
-
-
-def watched_variables(folder: Path, variables: dict[str, str]) -> dict[str, str]:
-    path = os.pathsep.join([str(WATCH), variables["PYTHONPATH"]])
-    more = {"WATCH_LOG": str(folder / "watch.log"), "WATCH_ALLOWED": " ".join(MAY_UNPICKLE), "PYTHONPATH": path}
-    kept = {name: value for name, value in variables.items() if name not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
-    return {**kept, **more, **TOLD}
-
-
-def watch(folder: Path, root: Path, variables: dict[str, str], *command: str) -> Watched:
-    """Run `command` in `root`, without network and under the eyes of watch/sitecustomize.py."""
-    log, ports = folder / "watch.log", folder / "ports.json"
-    line = [*namespace(), sys.executable, str(WATCH / "loopback.py"), str(ports), sys.executable, "-m", *command]
-    settings = watched_variables(folder, variables)
-    done = subprocess.run(line, cwd=root, env=settings, capture_output=True, text=True, check=False)
-    notes = log.read_text().splitlines() if log.exists() else []
-    return Watched(root, done.stdout + done.stderr, done.returncode, notes, json.loads(ports.read_text()))
-
-
-@pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """The whole DAG by `dvc repro` on the tiny model."""
-    folder = tmp_path_factory.mktemp("full")
-    root = pipeline.project(folder / "project", "")
-    return watch(folder, root, pipeline.environment(str(folder / "cache")), "dvc", "repro")
 
 
 @pytest.fixture(scope="module")
@@ -140,18 +75,20 @@ def test_the_watch_sees(tmp_path: Path, program: str, what: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_whole_dag_unpickles_nothing_and_needs_no_network(full: Watched) -> None:
-    assert full.code == 0, full.told
-    assert full.stopped() == [] and not [note for note in full.notes if note.startswith("unpickled")]
-    ran = {name.split()[1] for name in full.processes() if name.startswith("-m tasks.")}
+def test_the_whole_dag_unpickles_nothing_and_needs_no_network(finished: Watched) -> None:
+    namespace()
+    assert finished.code == 0, finished.told
+    assert finished.stopped() == [] and not [note for note in finished.notes if note.startswith("unpickled")]
+    ran = {name.split()[1] for name in finished.processes() if name.startswith("-m tasks.")}
     stages = {"fetch", "prepare", "head", "profile", "allocate", "link", "merge", "evaluate", "evaluate_base"}
     assert ran == {f"tasks.{stage}" for stage in stages | {"register"}}
-    assert full.ports == [], "no stage listens"
+    assert finished.ports == [], "no stage listens"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_flow_unpickles_nothing_needs_no_network_and_listens_on_loopback(flow: Watched) -> None:
+    namespace()
     assert flow.code == 0, flow.told
     assert flow.stopped() == []
     assert "-m tasks.register" in flow.processes() and flow.ports
@@ -221,10 +158,11 @@ def leaks(folder: Path, *but: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_whole_run_and_a_flow_leave_no_secret_of_their_environment(full: Watched, flow: Watched) -> None:
-    for run in (full, flow):
-        assert CANARY not in run.told and leaks(run.root.parent) == []
-    assert (full.root / "mlflow.db").stat().st_size > 100_000 and list((full.root / ".cola/records").iterdir())
+def test_a_whole_run_and_a_flow_leave_no_secret_of_their_environment(finished: Watched, flow: Watched) -> None:
+    for run in (finished, flow):
+        assert CANARY not in run.told and leaks(Path(run.root).parent) == []
+    root = Path(finished.root)
+    assert (root / "mlflow.db").stat().st_size > 100_000 and list((root / ".cola/records").iterdir())
 
 
 def stage_with(
@@ -306,7 +244,7 @@ def test_an_override_tells_no_secret(mini: Path, override: str) -> None:
 
 @pytest.mark.parametrize("words", [["tasks.sync"], ["flows.cli", "sync"]])
 def test_a_store_that_is_away_tells_no_password(mini: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    monkeypatch.setattr("tasks.stage.home", lambda: mini / ".cola")
+    monkeypatch.setattr("tasks.records.home", lambda: mini / ".cola")
     raw = {"register": {"name": "x"}, "recipe": "r", "task": "t", "seed": 0}
     used = {"fetch": {"hub_token": CANARY, "from": f"https://me:{CANARY}@host"}}
     record(Context("fetch", None, raw, used=used), Done(), time.time())

@@ -23,7 +23,8 @@ from tasks import sync as sync_module
 from tasks.pending import unsynced
 from tasks.places import home, main_checkout
 from tasks.progress import progress
-from tasks.stage import Context, Done, record
+from tasks.records import record
+from tasks.stage import Context, Done
 from tasks.store import Store, open_store
 from tasks.sync import sync
 

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.test_pipeline import environment, hashes
+from tests.tiny import environment, hashes
 
 __all__ = ["Outcome", "outcome"]
 

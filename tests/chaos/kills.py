@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 from cola_core.assets.cache import cache_root
 from tests.chaos.checks import Outcome, outcome
-from tests.test_pipeline import ROOT, environment, hashes, project
+from tests.tiny import ROOT, environment, hashes, project
 
 __all__ = ["Life", "main"]
 
@@ -160,10 +160,10 @@ class Life:
             self.failures.append(f"link@{first[1]} went on with step {first[2]}, its checkpoint was of step {kept}")
 
 
-def prepare(folder: Path, cache: str) -> Path:
+def prepare(folder: Path) -> Path:
     """A clone that `make run` takes for set up, and whose links log live from their first step."""
     folder.mkdir(parents=True)
-    root = project(folder, cache)
+    root = project(folder)
     _set_up(root)
     task = root / "tasks/link.py"
     task.write_text(task.read_text().replace("LIVE_AFTER = 10.0", "LIVE_AFTER = 0.0"))
@@ -188,7 +188,7 @@ def _set_up(root: Path) -> None:
 
 def undisturbed(folder: Path) -> Outcome:
     """What a run that nobody disturbs comes to."""
-    life = Life(prepare(folder / "project", str(folder / "cache")), str(folder / "cache"), random.Random(0))
+    life = Life(prepare(folder / "project"), str(folder / "cache"), random.Random(0))
     life.live(0)
     if life.failures:
         raise SystemExit(f"the undisturbed run failed: {life.failures[0]}")
@@ -212,7 +212,7 @@ def main(
         while done < kills:
             number += 1
             place = Path(name) / f"life{number}"
-            life = Life(prepare(place / "project", str(place / "cache")), str(place / "cache"), draw)
+            life = Life(prepare(place / "project"), str(place / "cache"), draw)
             life.live(min(each, kills - done), flows)
             wrong = life.failures or outcome(life.folder, life.cache).differences(wanted)
             done, failed = done + len(life.kills), failed + bool(wrong)
