@@ -52,6 +52,6 @@ def run(finished: Watched) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache(run: Path) -> str:
+def cache(finished: Watched) -> str:
     """Its cache of assets."""
-    return str(run.parent / "cache")
+    return str(Path(finished.root).parent / "cache")
