@@ -24,12 +24,15 @@ def serve_uis(mlflow: int = MLFLOW, prefect: int = PREFECT) -> None:
     """Serve both until one ends or this process is told to stop; then neither runs on.
 
     Raises:
+        RetryError: the store is out of reach.
         UserError: a port is taken, or a server ended by itself.
     """
-    from tasks.store import tracking_uri
+    from tasks.store import open_store, tracking_uri
 
     for port in (mlflow, prefect):
         _check_free(port)
+    with open_store():  # makes a new database, which a server that is killed meanwhile would leave in pieces
+        pass
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     address = ("--host", HOST, "--port")
     commands = {

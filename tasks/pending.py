@@ -12,7 +12,7 @@ from pathlib import Path
 from cola_core.errors import UserError
 from cola_core.files import new_file
 from tasks.places import home
-from tasks.store import tracking_uri
+from tasks.store import database_file, tracking_uri
 
 __all__ = ["note_synced", "orphans", "state", "unposted_files", "unsynced"]
 
@@ -52,7 +52,7 @@ def state() -> str:
     """Lines: a hash of the store's address, which database it is if that is a file, and the names of all records."""
     uri = tracking_uri()
     names = [path.name for path in sorted((home() / "records").glob("*.json"))]
-    file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    file = database_file(uri)
     which = _which(file) if file and file.is_file() else ""
     return "\n".join([hashlib.sha256(uri.encode()).hexdigest(), which, *names])
 

@@ -6,7 +6,7 @@ import json
 import sys
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cola_core
 from cola_core.data.templates import template
@@ -19,9 +19,13 @@ from tasks.records import identity
 from tasks.release import FOLDER, Release, pack, read_release, registration
 from tasks.store import Store
 
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
 __all__ = ["ALIAS", "publish", "restore"]
 
 ALIAS = "challenger"
+WHOLE = "cola.whole"  # the tag of a version that nothing is missing of, written last
 REQUIREMENTS = (
     *("gguf", "jinja2", "mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors"),
     *("torch", "transformers"),
@@ -38,37 +42,49 @@ def publish(store: Store, release: Release, card: str) -> str:
     Raises:
         UserError: the artifacts hold another chain than the release.
     """
-    version = _find(store, release)
-    for key, value in _tags(release).items() if version else ():  # the scores of the evaluation that stands now
-        store.client.set_model_version_tag(release.name, version, key, value)
-    version = version or _new_version(store, release, card)
-    store.client.set_registered_model_alias(release.name, ALIAS, version)
-    return version
+    version = _find(store, release) or _new_version(store, release, card)
+    number = str(version.version)
+    for key, value in _tags(release).items():  # the scores of the evaluation that stands now
+        store.client.set_model_version_tag(release.name, number, key, value)
+    link = json.dumps([{"name": release.name, "version": number}])
+    store.client.set_logged_model_tags(
+        _model_id(version), {"mlflow.modelVersions": link}
+    )  # the UI's way to the version
+    store.client.set_registered_model_alias(release.name, ALIAS, number)
+    store.client.set_model_version_tag(release.name, number, WHOLE, "yes")
+    return number
 
 
 def restore(store: Store) -> None:
-    """Register again what registration.json of this checkout tells of, if the store has lost it."""
+    """Register again what registration.json of this checkout tells of, if the store has lost it or has it in part."""
     try:
         found = read_release()
-        if found is None or _find(store, found[0]):
+        if found is None:
             return
         release, content = found
-        version = publish(store, release, (FOLDER / "README.md").read_text(encoding="utf-8"))
+        version = _find(store, release)
+        if version and WHOLE in version.tags:
+            return
+        number = publish(store, release, (FOLDER / "README.md").read_text(encoding="utf-8"))
     except (FileNotFoundError, UserError) as error:
         print(f"sync: the model is not registered again: {error}", file=sys.stderr, flush=True)
         return
-    again = registration(release, version, ALIAS, mask(store.uri))
+    again = registration(release, number, ALIAS, mask(store.uri))
     if any(content.get(key) != value for key, value in again.items()):
         write_sealed(FOLDER / "registration.json", "registration", again)
 
 
-def _find(store: Store, release: Release) -> str | None:
+def _find(store: Store, release: Release) -> ModelVersion | None:
     """The version that serves this chain in this form, and has all its files."""
     same = f"name = '{release.name}' and tags.`cola.served` = '{release.served}'"
     for version in store.client.search_model_versions(same):
-        if _has_files(store, str(version.source).rpartition("/")[2]):
-            return str(version.version)
+        if _has_files(store, _model_id(version)):
+            return version
     return None
+
+
+def _model_id(version: ModelVersion) -> str:
+    return str(version.source).rpartition("/")[2]
 
 
 def _has_files(store: Store, model_id: str) -> bool:
@@ -76,7 +92,7 @@ def _has_files(store: Store, model_id: str) -> bool:
     return any(file.path == "MLmodel" for file in store.client.list_logged_model_artifacts(model_id))
 
 
-def _new_version(store: Store, release: Release, card: str) -> str:
+def _new_version(store: Store, release: Release, card: str) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     model_id = _logged_model(store, release)
@@ -86,12 +102,9 @@ def _new_version(store: Store, release: Release, card: str) -> str:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     description = card.partition("---\n")[2].partition("---\n")[2].strip()[:DESCRIPTION]
-    made = store.client.create_model_version(
+    return store.client.create_model_version(
         release.name, f"models:/{model_id}", tags=_tags(release), description=description, model_id=model_id
     )
-    link = json.dumps([{"name": release.name, "version": made.version}])
-    store.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})  # the UI's way from model to version
-    return str(made.version)
 
 
 def _logged_model(store: Store, release: Release) -> str:
@@ -102,10 +115,10 @@ def _logged_model(store: Store, release: Release) -> str:
     run_id = store.run_that_made(release.name, ARTIFACTS / "evaluate", identity(ARTIFACTS / "evaluate"))
     model = found[0] if found else store.client.create_logged_model(experiment, release.name, run_id, _tags(release))
     if not _has_files(store, model.model_id):
-        _upload(store, release, model.model_id)
         if run_id:
             for name, value in release.scores.items():
                 store.client.log_metric(run_id, name, value, model_id=model.model_id)
+        _upload(store, release, model.model_id)
     store.client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
 

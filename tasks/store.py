@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cola_core.errors import RetryError, UserError
+from cola_core.files import new_file
 from cola_core.locks import alone
 from cola_core.secrets import mask
 from tasks.places import home, main_checkout
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-__all__ = ["Store", "locked", "open_store", "tracking_uri"]
+__all__ = ["Store", "database_file", "locked", "open_store", "tracking_uri"]
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -121,12 +122,30 @@ def open_store() -> Iterator[Store]:
     set_registry_uri(uri)
     try:
         with locked("store"):  # two processes that both make the tables of a new database get in each other's way
+            _make_tables(uri)
             store = Store(MlflowClient(uri, uri), uri)
             store.client.search_experiments(max_results=1)
         yield store
     except (MlflowException, SQLAlchemyError, OSError) as error:
         refused = getattr(error, "error_code", "") in REFUSED
         raise (UserError if refused else RetryError)(_line(uri, error)) from None
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of a `sqlite:///` address, or None for a server and for addresses with options."""
+    plain = uri.startswith("sqlite:///") and not uri.startswith("sqlite:///file:") and "?" not in uri
+    return Path(uri.removeprefix("sqlite:///")) if plain else None
+
+
+def _make_tables(uri: str) -> None:
+    """Make a new database whole or not at all: MLflow takes seconds for it, and one cut off is of no use ever after."""
+    from mlflow import MlflowClient
+
+    file = database_file(uri)
+    if file is None or (file.is_file() and file.stat().st_size):
+        return
+    with new_file(file) as temporary:
+        MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
 
 
 @contextmanager

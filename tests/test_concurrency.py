@@ -18,6 +18,7 @@ from servers import end, free_port, prefect_server
 from test_tracking import empty_database  # noqa: F401  a fixture
 
 from tasks.places import main_checkout
+from tests.tiny import environment, hashes, project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FORBIDDEN = ("database is locked", "is busy", "blocked by", "index.lock", "Traceback", "Unable to acquire", "ERROR")
@@ -88,6 +89,16 @@ def test_two_flows_without_a_server(tmp_path: Path, empty_database: Path) -> Non
     for seed, output in enumerate(_all_well(flows)):
         assert (_workspace(root, output) / "artifacts/fetch/data").read_text() == f"data {seed}"
     assert ran(root).count("fetch") == 2
+
+
+@pytest.mark.chaos
+def test_a_flow_beside_dvc_repro_on_the_whole_dag(run: Path, cache: str, tmp_path: Path) -> None:
+    """Both want the same two links: whoever comes second takes the first one's result."""
+    root = project(tmp_path / "project")
+    mine = {**environment(cache), "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": ""}
+    both = [_started(root, command, **mine) for command in (["flows.cli", "run"], ["dvc", "repro"])]
+    flow, _ = _all_well(both)
+    assert hashes(root) == hashes(_workspace(root, flow)) == hashes(run)
 
 
 LINK = """

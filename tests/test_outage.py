@@ -281,6 +281,60 @@ def test_sync_killed_at_any_instant_posts_each_record_once(checkout: Path) -> No
         _one_whole_run(f"r{posted}")
 
 
+MAKE = "from tasks.store import open_store\nwith open_store():\n    pass"
+
+
+def test_a_store_killed_while_it_is_made_is_made_anew(checkout: Path) -> None:
+    """MLflow makes its tables one by one; half of them would be of no use to anybody."""
+    (checkout / "mlflow.db").unlink()
+    mine = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    child = subprocess.Popen([sys.executable, "-c", MAKE], env=mine)
+    until(lambda: any(path.stat().st_size > 100_000 for path in checkout.glob(".mlflow.db.*/mlflow.db")), 60)
+    child.kill()
+    child.wait()
+    assert not (checkout / "mlflow.db").exists()
+    left("fetch")
+    assert sync() == 1 and not list(checkout.glob(".*.cola-tmp"))
+
+
+def test_the_store_deleted_in_a_link_gets_the_link_all_the_same(checkout: Path) -> None:
+    with Live(_link()) as live:
+        for step, value in CURVE[:20]:
+            live.step(int(step), {"loss": value})
+        until(lambda: len(history(runs()["r1"].info.run_id, "loss")) == 20, 60)
+        (checkout / "mlflow.db").unlink()
+        for step, value in CURVE[20:]:
+            live.step(int(step), {"loss": value})
+    _finish(_link())
+    assert unsynced()
+    mine = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    for count in (1, 0):
+        done = subprocess.run(
+            [sys.executable, "-m", "tasks.sync"], env=mine, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == f"sync: {count} record(s) posted\n"
+    with closing(sqlite3.connect(checkout / "mlflow.db")) as store:
+        assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
+        assert store.execute("select step, value from metrics where key = 'loss' order by step").fetchall() == list(
+            map(tuple, CURVE)
+        )
+
+
+@pytest.mark.chaos
+def test_the_store_deleted_while_a_flow_runs_has_all_of_the_flow(tmp_path: Path, empty_database: Path) -> None:
+    root = make(tmp_path)
+    shutil.copy(empty_database, root / "mlflow.db")
+    (weather(root) / "evaluate.fails").write_text("hold")
+    flow = _cola(root, "run", PREFECT_API_URL="")
+    until(lambda: "evaluate" in ran(root), 120)
+    (root / "mlflow.db").unlink()
+    (weather(root) / "go").touch()
+    out, err = flow.communicate(timeout=120)
+    assert flow.returncode == 0, out + err
+    with closing(sqlite3.connect(root / "mlflow.db")) as store:
+        assert store.execute("select status from runs").fetchall() == [("FINISHED",)] * len(STAGES)
+
+
 def _hold(path: Path, seconds: float) -> threading.Thread:
     """Another writer, in the middle of a transaction for a while."""
     began = threading.Event()

@@ -299,6 +299,35 @@ def test_sync_makes_a_version_again_that_was_lost_with_its_store(checkout: Path)
     assert Predictor.load(served).predict([{"text": text} for text in TEXTS]) == expected(checkout)
 
 
+def test_sync_killed_anywhere_while_it_registers_again_makes_one_version(checkout: Path) -> None:
+    """From a store that has lost everything, each call gets a little further than the one before."""
+    (checkout / "mlflow.db").unlink()
+    shutil.rmtree(checkout / "mlartifacts", ignore_errors=True)
+    command, patience, killed = [sys.executable, "-m", "tasks.sync"], 2.0, 0
+    mine = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(
+        [sys.executable, "-c", "from tasks.sync import open_store as o\nwith o(): pass"], env=mine, check=True
+    )
+    while True:
+        child = subprocess.Popen(command, env=mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            told = child.communicate(timeout=patience)[0]
+            break
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            patience, killed = 1.2 * patience, killed + 1
+    assert child.returncode == 0 and killed >= 3, told
+    (version,) = versions()
+    assert version.tags["cola.accuracy"] and version.tags["cola.whole"]
+    with open_store() as store:
+        assert store.client.get_model_version_by_alias("cola-moods", "challenger").version == version.version
+        found = store.client.search_runs([store.experiment("cola-moods")])
+    assert sorted(run.data.tags["cola.stage"] for run in found) == ["evaluate", "register"]
+    assert all(run.info.status == "FINISHED" and "cola.posted" in run.data.tags for run in found)
+    assert list(checkout.rglob("serve.json")) and not list(checkout.rglob(".*.cola-tmp"))
+
+
 def test_the_same_chain_in_another_form_is_the_next_version(checkout: Path) -> None:
     context = context_of(checkout)
     for merged in (False, True, True):
