@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -28,40 +28,15 @@ from safetensors import safe_open
 
 from cola_core.assets.cache import cache_root
 from tests.chaos.checks import Outcome, outcome
-from tests.tiny import ROOT, environment, hashes, project
+from tests.chaos.projects import prepare, prepare_real
+from tests.chaos.triggers import Trigger, trigger
+from tests.tiny import environment, hashes
 
 __all__ = ["Life", "main"]
 
 MAKE, FLOW = ["make", "run"], [sys.executable, "-m", "flows.cli", "run"]
 PATIENCE = 3600.0  # seconds after which a command that was not killed has hung
 TICK = re.compile(r"link@(\d): (\d+)/")
-
-
-@dataclass
-class Trigger:
-    """When to kill: a text in the output or a kind of file that appears, `after` more seconds, or at `latest`."""
-
-    name: str
-    text: str = ""
-    files: str = ""
-    after: float = 0.0
-    latest: float = 9.0
-
-
-def triggers(draw: random.Random, slow: float) -> Trigger:
-    """A random instant, or one within what is most easily torn; all of it `slow` times later on a large model."""
-    kinds = [
-        Trigger("any instant", latest=draw.uniform(0.2, 9.0)),
-        Trigger("in a write", files="artifacts/**/.*.cola-tmp", after=draw.uniform(0.0, 0.01), latest=15.0),
-        Trigger("in a checkpoint", files=".cola/resume/*/.*.cola-tmp", after=draw.uniform(0.0, 0.004), latest=15.0),
-        Trigger("in dvc.lock", text="Updating lock file", after=draw.uniform(0.0, 0.3), latest=15.0),
-        Trigger("in a step", text="link@", after=draw.uniform(0.0, 0.4), latest=15.0),
-        Trigger("at a knot", text="6/6", after=draw.uniform(0.0, 0.8), latest=15.0),
-        Trigger("in merge", text="Running stage 'merge'", after=draw.uniform(0.5, 4.0), latest=15.0),
-        Trigger("between file and MLflow", text="Running stage 'register'", after=draw.uniform(1.0, 8.0), latest=15.0),
-    ]
-    found = draw.choice(kinds)
-    return replace(found, after=found.after * slow, latest=found.latest * slow)
 
 
 @dataclass
@@ -79,7 +54,7 @@ class Life:
         """Kill up to `most` times, then let it end; `flows` is the share of commands that are `cola run`."""
         while len(self.kills) < most and not self.failures:
             command = FLOW if self.draw.random() < flows else MAKE
-            if not self._start(command, triggers(self.draw, self.slow)):
+            if not self._start(command, trigger(self.draw, self.slow)):
                 break
         if not self.failures:
             self._start(MAKE, None)
@@ -158,32 +133,6 @@ class Life:
         first = TICK.search(text)
         if first and kept and int(first[2]) - 1 not in [*kept, *(step - 1 for step in kept), 0]:
             self.failures.append(f"link@{first[1]} went on with step {first[2]}, its checkpoint was of step {kept}")
-
-
-def prepare(folder: Path) -> Path:
-    """A clone that `make run` takes for set up, and whose links log live from their first step."""
-    folder.mkdir(parents=True)
-    root = project(folder)
-    _set_up(root)
-    task = root / "tasks/link.py"
-    task.write_text(task.read_text().replace("LIVE_AFTER = 10.0", "LIVE_AFTER = 0.0"))
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qam", "live"], cwd=root, check=True)
-    return root
-
-
-def prepare_real(folder: Path) -> Path:
-    """A clone with the default recipe on the real model; its dvc.lock says what an undisturbed run came to."""
-    root = folder / "project"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(root)], check=True)
-    _set_up(root)
-    return root
-
-
-def _set_up(root: Path) -> None:
-    (root / ".venv").mkdir()
-    for part in Path(sys.prefix).glob("[!.]*"):
-        (root / ".venv" / part.name).symlink_to(part)
-    (root / ".venv/.ready").touch()
 
 
 def undisturbed(folder: Path) -> Outcome:
