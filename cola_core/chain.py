@@ -1,12 +1,8 @@
-"""The chain: an ordered list of links over a root base, each committing to its parent by hash.
-
-Folder k holds link k's adapter and link.json; folder 0 holds the root: which base, and an encoder's first head.
-"""
+"""What the links of a chain come to: their knots tied into a model, their pairs, their last head."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cola_core.adapter_files import Adapter, read_adapter, write_adapter
+from cola_core.adapter_files import Adapter, write_adapter
 from cola_core.adapters import Pair, add_pair
 from cola_core.errors import UserError
-from cola_core.files import new_dir, tree_hash
+from cola_core.files import new_dir
+from cola_core.lineage import Link
 from cola_core.models import head_parameters
 from cola_core.root import seal
-from cola_core.sealed import damaged, inside, read_sealed
 from cola_core.tensors import load_tensors
 
-__all__ = ["Link", "head_of", "pairs_by_module", "read_chain", "tie", "write_link"]
-
-
-@dataclass(frozen=True)
-class Link:
-    """One folder of the chain; `record` is link.json, `hash` commits to it, its files and all its ancestors."""
-
-    folder: Path
-    record: dict[str, Any]
-    hash: str
-
-    @property
-    def number(self) -> int:
-        """0 for the root."""
-        return int(self.record["link"])
-
-    @property
-    def kept(self) -> bool:
-        """Whether the link is part of the model; one that its policy dropped only keeps its place in the chain."""
-        return bool(self.record.get("kept", True))
-
-    def adapter(self) -> Adapter:
-        """The adapter's files, read."""
-        return read_adapter(self.folder)
+__all__ = ["head_of", "pairs_by_module", "tie", "write_link"]
 
 
 def write_link(folder: Path, adapter: Adapter, record: dict[str, Any], extra: dict[str, str]) -> None:
@@ -61,26 +34,6 @@ def write_link(folder: Path, adapter: Adapter, record: dict[str, Any], extra: di
         for name, text in extra.items():
             (temporary / name).write_text(text, encoding="utf-8")
         seal(temporary, record)
-
-
-def read_chain(folder: Path) -> list[Link]:
-    """Every link from the root to the one in `folder` (`links/<k>/adapter`), walked by parent, never globbed.
-
-    Raises:
-        UserError: a link is missing or changed, or its parent is not the one it was trained on.
-    """
-    link = _read_link(folder)
-    chain = [link]
-    while link.number > 0:
-        parent = _read_link(folder.parent.parent / str(link.number - 1) / folder.name)
-        if parent.hash != link.record["parent"]["hash"]:
-            raise UserError(
-                f"{link.folder}: was trained on another link {parent.number} "
-                f"({link.record['parent']['hash'][:12]}, found {parent.hash[:12]}); run `dvc repro`"
-            )
-        chain.append(parent)
-        link = parent
-    return chain[::-1]
 
 
 def head_of(chain: Sequence[Link]) -> dict[str, Tensor]:
@@ -129,12 +82,3 @@ def _add(module: nn.Module, name: str, pair: Pair, link: Link) -> float:
     if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{link.folder}: {name} is not finite after merging link {link.number}; train it again")
     return error
-
-
-def _read_link(folder: Path) -> Link:
-    record = read_sealed(folder / "link.json", "link")
-    for name, expected in record["files"].items():
-        path = inside(folder, name)
-        if not path.is_file() or tree_hash(path) != expected:
-            raise damaged(path)
-    return Link(folder, record, tree_hash(folder / "link.json"))

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
+from cola_core.errors import RetryError, of_the_system
 from cola_core.files import new_file
 from cola_core.tensors import digest, save_tensors
 
@@ -75,6 +76,9 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) 
     """Put a saved state back into `named` and `optimizer`; a fresh start, and a line, where the file is not usable.
 
     A link repeats its steps then, and ends the same.
+
+    Raises:
+        RetryError: the system cannot read it for the moment.
     """
     if not path.exists():
         return Progress()
@@ -83,6 +87,8 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) 
         if named.keys() != _below(tensors, "parameter/").keys():
             raise ValueError("its parameters are not this link's")
     except BROKEN as error:
+        if isinstance(passing := of_the_system(error), RetryError):
+            raise passing from error  # too many open files, no memory: the checkpoint itself may be whole
         print(f"{path}: not usable ({error}); the link starts from its first step", flush=True)
         return Progress()
     with torch.no_grad():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
 
 from cola_core.secrets import mask
 
-__all__ = ["RetryError", "UserError", "of_the_system", "suggest"]
+__all__ = ["RetryError", "UserError", "of_the_system", "suggest", "system_told"]
 
 RUST = re.compile(r"\(os error (\d+)\)")
 PASSING = {"ENOSPC", "EDQUOT", "EIO", "EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "ESTALE", "ETIMEDOUT", "EBUSY"}
@@ -54,6 +55,21 @@ def of_the_system(error: Exception) -> UserError | RetryError | None:
     if errno.errorcode.get(number) in PASSING:
         return RetryError(f"{line}; nothing written before is lost, the same command goes on once this is mended")
     return UserError(line)
+
+
+@contextmanager
+def system_told() -> Iterator[None]:
+    """What the operating system refuses in the block, as one of the two failures that a user meets.
+
+    Raises:
+        UserError, RetryError: see `of_the_system`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if refused := of_the_system(error):
+            raise refused from error
+        raise
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:

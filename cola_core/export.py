@@ -11,11 +11,11 @@ from torch import Tensor
 
 from cola_core.adapter_files import Adapter, write_adapter
 from cola_core.adapters import Pair
-from cola_core.chain import Link, head_of, pairs_by_module
+from cola_core.chain import head_of, pairs_by_module
 from cola_core.errors import UserError
-from cola_core.sealed import read_sealed
+from cola_core.lineage import Link
 
-__all__ = ["chain_manifest", "check_manifest", "flat_adapter", "portable_adapter", "write_flat"]
+__all__ = ["chain_manifest", "flat_adapter", "portable_adapter", "write_flat"]
 
 COPIED = (
     *("kept", "steps", "kept_step", "tokens", "probe_tokens", "trainable_parameters"),
@@ -75,17 +75,6 @@ def chain_manifest(chain: Sequence[Link], errors: dict[int, dict[str, float]]) -
         "hash": chain[-1].hash,
         "links": [_entry(link, errors[link.number]) for link in chain[1:]],
     }
-
-
-def check_manifest(path: Path, chain: Sequence[Link]) -> None:
-    """Compare chain.json with the links themselves.
-
-    Raises:
-        UserError: damaged, or of another chain.
-    """
-    told = read_sealed(path, "chain")
-    if [told["root"], *(link["hash"] for link in told["links"])] != [link.hash for link in chain]:
-        raise UserError(f"{path}: tells of another chain than the links beside it; run `dvc repro merge`")
 
 
 def _entry(link: Link, errors: dict[str, float]) -> dict[str, Any]:

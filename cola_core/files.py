@@ -117,12 +117,15 @@ def _locked_folder(parent: Path, name: str) -> tuple[Path, int]:
     """A new folder and the descriptor that holds its lock: a shared one, all that some network file systems grant."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=SUFFIX, dir=parent))
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another process swept it before it was locked
+            continue
         with suppress(OSError):  # a file system without locks: nobody can take the folder for abandoned either
             fcntl.flock(lock, fcntl.LOCK_SH)
         if folder.exists():
             return folder, lock
-        os.close(lock)  # another process swept it before it was locked
+        os.close(lock)  # or just then
 
 
 def _abandoned(folder: Path) -> bool:

@@ -22,11 +22,12 @@ from cola_core.adapters import Pair, add_pair, attach, detach
 from cola_core.axes.bases import BASES
 from cola_core.axes.initialisers import INITIALISERS, Start
 from cola_core.axes.parametrisations import PARAMETRISATIONS
-from cola_core.chain import Link, head_of, tie
+from cola_core.chain import head_of, tie
 from cola_core.checkpoints import Progress
 from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.health import Course
+from cola_core.lineage import Link
 from cola_core.models import adaptable, head_parameters, load_base, place, weight_shape
 from cola_core.rows import Row, Task
 from cola_core.scoring import Objective

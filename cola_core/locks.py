@@ -6,14 +6,13 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 __all__ = ["alone", "try_lock"]
 
 LOOK = 0.1  # seconds between two looks
-HOUR = 3600.0
 
 
 def try_lock(path: Path, patience: float = 0.0) -> TextIO | None:
@@ -24,11 +23,7 @@ def try_lock(path: Path, patience: float = 0.0) -> TextIO | None:
     """
     limit = time.monotonic() + patience
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:  # its last holder has just removed the folder
-            continue
+        file = _opened(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _stands(file, path):
@@ -51,10 +46,26 @@ def alone(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[No
     held = try_lock(path)
     if held is None:
         waiting()
-    while held is None:
-        held = try_lock(path, HOUR)
+        held = _wait(path)
     with held:
         yield
+
+
+def _wait(path: Path) -> TextIO:
+    """As `try_lock`, in the kernel's queue: who waits is next."""
+    while True:
+        file = _opened(path)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if _stands(file, path):
+            return file
+        file.close()
+
+
+def _opened(path: Path) -> TextIO:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # its last holder has just removed the folder
+            return path.open("a+", encoding="utf-8")
 
 
 def _stands(file: TextIO, path: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cola_core.assets.base import base_folder, find_base
-from cola_core.chain import read_chain, tie
+from cola_core.chain import tie
 from cola_core.config.base import parse
 from cola_core.config.recipe import MachineConfig
 from cola_core.config.task import PrepareConfig
@@ -20,6 +20,7 @@ from cola_core.data.templates import template
 from cola_core.errors import RetryError, UserError
 from cola_core.evaluation.answers import answer
 from cola_core.files import tree_hash
+from cola_core.lineage import read_chain
 from cola_core.models import load_base, place
 from cola_core.rows import Row, Task
 from cola_core.scoring import Objective

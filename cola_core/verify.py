@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from cola_core.axes.bases import BASES
-from cola_core.chain import read_chain
 from cola_core.config.recipe import MachineConfig
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
+from cola_core.lineage import read_chain
 from cola_core.links import open_chain, sample_scores
 from cola_core.root import base_manifest
 from cola_core.rows import Task

@@ -10,6 +10,7 @@ from pathlib import Path
 from cola_core.assets.cache import cache_root
 from cola_core.files import SUFFIX, sweep
 from cola_core.locks import try_lock
+from flows.mend import below
 from flows.snapshot import git, runs
 from tasks.pending import unposted_files
 
@@ -37,7 +38,7 @@ def clean(root: Path, everything: bool = False) -> list[Path]:
 
 def trim(root: Path) -> list[Path]:
     """What a flow removes at its end: as `clean`, but the newest finished workspaces stay."""
-    gone = list(_workspaces(runs(root), time.time() - WEEK, KEPT))
+    gone = list(_workspaces(runs(root), time.time() - WEEK, KEPT - 1))  # and the flow's own, which is held
     git(root, "worktree", "prune")
     return gone
 
@@ -57,32 +58,34 @@ def _workspaces(folder: Path, limit: float, kept: int = 0) -> Iterator[Path]:
             finished += done
             stays = _age(note) > limit and not (done and finished > kept)
             if not stays and not any(file.is_relative_to(path) for file in needed):
+                lock.truncate(0)  # killed in the next line, it is no workspace to go on in
+                lock.flush()
                 shutil.rmtree(path, ignore_errors=True)
                 note.unlink()
                 yield path
 
 
-def _age(note: Path) -> float:
-    return note.stat().st_mtime
+def _age(path: Path) -> float:
+    """Seconds since 1970; 0 for what another process has just removed."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _resume(folder: Path, limit: float) -> Iterator[Path]:
     """Resume folders untouched since `limit`; one that a process still locks is left alone."""
     for path in sorted(folder.glob("*/")):
-        files = [path, *path.rglob("*")]
-        if max(file.stat().st_mtime for file in files) > limit:
+        if _age(path) > limit or (lock := try_lock(path / "lock")) is None:
             continue
-        held = [try_lock(file) for file in files if file.name == "lock"]
-        if None not in held:
-            shutil.rmtree(path)
-            yield path
-        for lock in held:
-            if lock:
-                lock.close()
+        with lock:
+            if max(map(_age, path.rglob("*"))) <= limit:
+                shutil.rmtree(path)
+                yield path
 
 
 def _temporaries(root: Path, folder: Path) -> Iterator[Path]:
     """What killed processes of ours left half-written; `flows.mend` removes what DVC left."""
     for place in (folder.parent, root / "artifacts", cache_root()):
-        for parent in sorted({path.parent for path in place.rglob(f".*{SUFFIX}")}):
+        for parent in sorted({path.parent for path in below(place, f".*{SUFFIX}")}):
             yield from sweep(parent)

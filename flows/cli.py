@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cola_core.errors import RetryError, UserError
+from cola_core.errors import RetryError, UserError, system_told
 from cola_core.secrets import guard
 
 __all__ = ["app", "main"]
@@ -160,7 +160,8 @@ def adopt(
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 75 for what may succeed later."""
     try:
-        result: Any = typer.main.get_command(cli).main(arguments, prog_name="cola", standalone_mode=True)
+        with system_told():
+            result: Any = typer.main.get_command(cli).main(arguments, prog_name="cola", standalone_mode=True)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except (UserError, RetryError) as error:

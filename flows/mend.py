@@ -5,7 +5,9 @@ Nothing is lost with them: DVC's run cache restores every stage that dvc.lock to
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +22,13 @@ from flows.project import project
 from flows.snapshot import runs
 from tasks.follow import alive
 
-__all__ = ["mend"]
+__all__ = ["below", "mend"]
+
+ASIDE = ".dvc/tmp/dvc.lock.cut"
 
 
 def mend(root: Path) -> list[str]:
-    """Remove the cut-off files and abandoned temporaries of DVC in the project at `root`; returns a line for each.
+    """Put away the cut-off files and abandoned temporaries of DVC in the project at `root`; returns a line for each.
 
     Nothing is touched while another DVC works there.
     """
@@ -41,14 +45,23 @@ def _broken(root: Path) -> Iterator[Path]:
     for path, whole in ((root / "dvc.lock", _is_lock_file), (root / ".dvc/tmp/rwlock", _is_lock_table)):
         if path.is_file() and not whole(path):
             yield path
-    temporaries = [path for place in ("artifacts", ".dvc/cache") for path in (root / place).rglob(".*.tmp")]
-    if temporaries and not _others_at_work(root):
-        yield from (path for path in temporaries if path.is_file())
+    yield from filter(Path.is_file, below(root / "artifacts", ".*.tmp"))
+    shared = list(filter(Path.is_file, below(root / ".dvc/cache", ".*.tmp")))
+    if shared and not _others_at_work(root):
+        yield from shared
+
+
+def below(place: Path, pattern: str) -> Iterator[Path]:
+    """Files and folders of such a name anywhere below `place`, while others may be removing them."""
+    for folder, folders, files in os.walk(place):
+        yield from (Path(folder, name) for name in fnmatch.filter([*folders, *files], pattern))
 
 
 def _is_lock_file(path: Path) -> bool:
     """Whether every stage in it is whole, as far as its shape tells."""
     text = path.read_bytes()
+    if b"\n<<<<<<< " in text:  # the user's own conflict, of which DVC tells
+        return True
     try:
         content = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 -- safe  # nosec B506
         return text.endswith(b"\n") and all(map(_is_stage, content["stages"].values()))
@@ -91,8 +104,12 @@ def _others_at_work(root: Path) -> bool:
 
 
 def _remove(path: Path, root: Path) -> str:
+    what = f"{path.relative_to(root)}, which a killed DVC had left unfinished"
+    if path.name == "dvc.lock":
+        path.replace(root / ASIDE)
+        return f"moved {what}, to {ASIDE}"
     path.unlink(missing_ok=True)
-    return f"removed {path.relative_to(root)}, which a killed DVC had left unfinished"
+    return f"removed {what}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from prefect.states import Completed, Failed
 from pydantic import WithJsonSchema
 
 from cola_core.config.base import load_yaml
-from cola_core.errors import RetryError, UserError
+from cola_core.errors import RetryError, UserError, system_told
 from cola_core.secrets import mask
 from flows.about import about
 from flows.artifacts import show
@@ -79,11 +79,12 @@ def cola_pipeline(
 def _attempt(picks: Mapping[str, str | None], changes: list[str], committed: bool) -> State:
     """The run, whose mistakes and outages are its end and no crash."""
     try:
-        root = checkout()
-        tree = snapshot(root, committed)
-        with unpacked(root, tree, "conf", "params.yaml") as folder:
-            text = compose(folder, picks, changes)
-        return _run(root, tree, text)
+        with system_told():
+            root = checkout()
+            tree = snapshot(root, committed)
+            with unpacked(root, tree, "conf", "params.yaml") as folder:
+                text = compose(folder, picks, changes)
+            return _run(root, tree, text)
     except (UserError, RetryError) as error:
         return Failed(message=str(error), data=error)
 

@@ -26,7 +26,9 @@ def serve(name: str, cron: str | None, every: float | None) -> None:
     from prefect.types.entrypoint import EntrypointType
 
     from flows.pipeline import cola_pipeline
+    from flows.server import quiet_outages
 
+    quiet_outages()
     when: dict[str, Any] = {"interval": timedelta(seconds=every)} if every else {"cron": cron}
     cola_pipeline.serve(
         name=name,

@@ -20,7 +20,7 @@ from prefect.states import Crashed
 from cola_core.errors import RetryError
 from cola_core.locks import alone
 
-__all__ = ["Unreported", "check_server", "leave", "only_shown", "reported", "stoppable"]
+__all__ = ["Unreported", "check_server", "leave", "only_shown", "quiet_outages", "reported", "stoppable"]
 
 PATIENCE = 5.0  # seconds for a server that accepts connections and says nothing
 
@@ -87,14 +87,26 @@ def stoppable() -> Iterator[None]:
         raise
 
 
+def quiet_outages() -> None:
+    """Leave a line of what Prefect's observers tell with tracebacks of its insides when the server goes."""
+    logging.raiseExceptions = False  # what cannot be logged to the server is on this terminal all the same
+    logging.getLogger("prefect.events.clients").setLevel(logging.CRITICAL)
+    for observer in ("FlowRunCancellingObserver", "FlowRunSuspendingObserver"):
+        logging.getLogger(f"prefect.{observer}").addFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = record.exc_text = None
+    return True
+
+
 def check_server() -> None:
     """Refuse to start without a server: the run would be seen by nobody.
 
     Raises:
         RetryError: no answer, and what to do.
     """
-    logging.raiseExceptions = False  # what cannot be logged to the server is on this terminal all the same
-    logging.getLogger("prefect.events.clients").setLevel(logging.CRITICAL)
+    quiet_outages()
     with alone(PREFECT_HOME.value() / "cola.lock"):  # two temporary servers that make one database spoil it
         found = _trouble()
     if found:

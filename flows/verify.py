@@ -27,8 +27,7 @@ def verify(root: Path) -> Iterator[str]:
         raise UserError(f"{last}: no chain here; run `dvc repro merge`, or bring a run's results with `cola adopt`")
     yield from _checked(root)
     quiet()
-    from cola_core.chain import read_chain
-    from cola_core.export import check_manifest
+    from cola_core.lineage import check_manifest, read_chain
     from cola_core.verify import verify_chain
 
     check_manifest(root / "artifacts/merge/chain.json", read_chain(last))

@@ -10,8 +10,8 @@ from tasks.progress import progress
 from tasks.stage import Context
 
 if TYPE_CHECKING:
-    from cola_core.chain import Link
     from cola_core.evaluation.answers import Answers
+    from cola_core.lineage import Link
     from cola_core.rows import Row, Task
 
 __all__ = ["BASE", "PREPARED", "answers_of", "test_sample"]

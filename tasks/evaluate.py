@@ -9,8 +9,8 @@ from tasks.places import ARTIFACTS, link_dir
 from tasks.stage import Context, Done, run
 
 if TYPE_CHECKING:
-    from cola_core.chain import Link
     from cola_core.evaluation.answers import Answers
+    from cola_core.lineage import Link
 
 RETRIES = 0
 OUT, MERGE, EVALUATE_BASE = ARTIFACTS / "evaluate", ARTIFACTS / "merge", ARTIFACTS / "evaluate_base"
@@ -18,13 +18,13 @@ OUT, MERGE, EVALUATE_BASE = ARTIFACTS / "evaluate", ARTIFACTS / "merge", ARTIFAC
 
 def main(context: Context) -> Done:
     """Write metrics.json, predictions.arrow, the plots' tables, figures and report.html."""
-    from cola_core.chain import read_chain
     from cola_core.config.report import EvaluateConfig
     from cola_core.evaluation.answers import write_predictions
     from cola_core.evaluation.metrics import summary
     from cola_core.evaluation.report import write_report
     from cola_core.evaluation.scoreboard import scoreboard
     from cola_core.files import new_dir, read_json, write_json
+    from cola_core.lineage import read_chain
     from cola_core.sealed import check_files, seal_folder
 
     config, seed = context.section(EvaluateConfig, "evaluate"), context.value("seed")

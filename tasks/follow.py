@@ -6,18 +6,26 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 
 __all__ = ["alive", "follow"]
 
 LOOK = 0.2  # seconds
+ADOPTERS = {"init", "systemd", "launchd", "tini", "dumb-init", "docker-init"}  # whose a process is when its parent died
 
 
 def follow(stage: str) -> None:
     """Send this process SIGTERM once the DVC that runs `stage` is gone; without DVC nothing is followed."""
-    if "DVC_STAGE" in os.environ and (driver := _driver(f"tasks.{stage}")):
-        threading.Thread(target=_end_with, args=[driver], daemon=True).start()
+    if "DVC_STAGE" not in os.environ:
+        return
+    with suppress(psutil.Error):  # its processes cannot be looked at
+        driver = _driver(f"tasks.{stage}")
+        if driver is not None and driver.name() in ADOPTERS:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif driver is not None:
+            threading.Thread(target=_end_with, args=[driver], daemon=True).start()
 
 
 def alive(process: psutil.Process) -> bool:

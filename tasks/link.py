@@ -65,8 +65,8 @@ def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]
     """Read everything that decides the link; what is left open is where its resume state is kept."""
     from functools import partial
 
-    from cola_core.chain import read_chain
     from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
+    from cola_core.lineage import read_chain
     from cola_core.links import LinkJob
     from cola_core.rows import Task
     from cola_core.sealed import read_sealed

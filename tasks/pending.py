@@ -60,7 +60,7 @@ def state() -> str:
 def _which(database: Path) -> str:
     """What tells a database from one made anew in its place, which may get the same inode."""
     try:
-        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as opened:
+        with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened:
             born = opened.execute("SELECT min(creation_time) FROM experiments").fetchone()
     except sqlite3.Error:
         return "unreadable"

@@ -40,8 +40,9 @@ def main(context: Context) -> Done:
 
 def _probe(context: Context, config: Any, found: dict[str, Any]) -> dict[str, Any]:
     """Run the probe on the chain so far; fills `found` and returns the sketches."""
-    from cola_core.chain import pairs_by_module, read_chain, tie
+    from cola_core.chain import pairs_by_module, tie
     from cola_core.config.recipe import MachineConfig
+    from cola_core.lineage import read_chain
     from cola_core.models import load_base, place
     from cola_core.probe import probe
     from cola_core.rows import Task

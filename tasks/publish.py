@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,14 +43,13 @@ def publish(store: Store, release: Release, card: str) -> str:
     Raises:
         UserError: the artifacts hold another chain than the release.
     """
-    version = _find(store, release) or _new_version(store, release, card)
+    model_id = _logged_model(store, release)
+    version = _find(store, release, model_id) or _new_version(store, release, card, model_id)
     number = str(version.version)
     for key, value in _tags(release).items():  # the scores of the evaluation that stands now
         store.client.set_model_version_tag(release.name, number, key, value)
     link = json.dumps([{"name": release.name, "version": number}])
-    store.client.set_logged_model_tags(
-        _model_id(version), {"mlflow.modelVersions": link}
-    )  # the UI's way to the version
+    store.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})  # the UI's way to the version
     store.client.set_registered_model_alias(release.name, ALIAS, number)
     store.client.set_model_version_tag(release.name, number, WHOLE, "yes")
     return number
@@ -62,8 +62,7 @@ def restore(store: Store) -> None:
         if found is None:
             return
         release, content = found
-        version = _find(store, release)
-        if version and WHOLE in version.tags:
+        if _is_whole(store, release):
             return
         number = publish(store, release, (FOLDER / "README.md").read_text(encoding="utf-8"))
     except (FileNotFoundError, UserError) as error:
@@ -74,13 +73,19 @@ def restore(store: Store) -> None:
         write_sealed(FOLDER / "registration.json", "registration", again)
 
 
-def _find(store: Store, release: Release) -> ModelVersion | None:
-    """The version that serves this chain in this form, and has all its files."""
+def _is_whole(store: Store, release: Release) -> bool:
+    """Whether a version serves this chain in this form and nothing of it is missing, its files neither."""
+    return any(WHOLE in v.tags and _has_files(store, _model_id(v)) for v in _versions(store, release))
+
+
+def _find(store: Store, release: Release, model_id: str) -> ModelVersion | None:
+    return next((v for v in _versions(store, release) if _model_id(v) == model_id), None)
+
+
+def _versions(store: Store, release: Release) -> Sequence[ModelVersion]:
+    """All that serve this chain in this form."""
     same = f"name = '{release.name}' and tags.`cola.served` = '{release.served}'"
-    for version in store.client.search_model_versions(same):
-        if _has_files(store, _model_id(version)):
-            return version
-    return None
+    return list(store.client.search_model_versions(same))
 
 
 def _model_id(version: ModelVersion) -> str:
@@ -92,10 +97,9 @@ def _has_files(store: Store, model_id: str) -> bool:
     return any(file.path == "MLmodel" for file in store.client.list_logged_model_artifacts(model_id))
 
 
-def _new_version(store: Store, release: Release, card: str) -> ModelVersion:
+def _new_version(store: Store, release: Release, card: str, model_id: str) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
-    model_id = _logged_model(store, release)
     try:
         store.client.create_registered_model(release.name)
     except MlflowException as error:

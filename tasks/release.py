@@ -18,8 +18,9 @@ from cola_core.config.task import FetchConfig, PrepareConfig
 from cola_core.errors import UserError
 from cola_core.evaluation.card import Facts, render_card
 from cola_core.files import read_json
+from cola_core.lineage import check_manifest, read_chain
 from cola_core.root import base_manifest
-from cola_core.sealed import check_files, read_sealed, write_sealed
+from cola_core.sealed import check_files, checksum, read_sealed, write_sealed
 from tasks.places import ARTIFACTS, link_dir
 from tasks.stage import Context
 
@@ -108,19 +109,21 @@ def pack(release: Release, folder: Path) -> None:
     """Write the folder that `cola_core.predict` loads: the links, or merged weights if they were asked for.
 
     Raises:
-        UserError: the artifacts hold another chain than the release.
+        UserError: the artifacts hold another chain than the release, or are not what was written.
     """
-    merge = ARTIFACTS / "merge"
-    chain = read_chain_json()
+    merge, chain = ARTIFACTS / "merge", read_chain_json()
     if chain["hash"] != release.chain:
         raise UserError(f"{merge}: holds chain {chain['hash'][:12]}, not {release.chain[:12]}; run `dvc repro`")
+    check_files(merge)
+    check_manifest(merge / "chain.json", read_chain(link_dir(str(chain["links"][-1]["link"]))))
     folder.mkdir(parents=True)
     shutil.copyfile(merge / "chain.json", folder / "chain.json")
     shutil.copyfile(ARTIFACTS / "prepare/task.json", folder / "task.json")
     write_sealed(folder / "serve.json", "serve", release.serve)
     if release.merged:
         shutil.copytree(merge / "checkpoint", folder / "checkpoint")
-        base = {**release.serve["base"], "note": None, "files": {}, "checksums": {}}
+        sums = {file.name: checksum(file) for file in (folder / "checkpoint").iterdir()}
+        base = {**release.serve["base"], "note": None, "files": {}, "checksums": sums}
         write_sealed(folder / "checkpoint/cola.json", "base", base)
         return
     for key in ["0", *(str(link["link"]) for link in chain["links"])]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cola_core.files import tree_hash
@@ -18,6 +19,7 @@ from tasks.stage import Context
 __all__ = ["forget_finished", "resume_folder"]
 
 ROOT = Path(__file__).resolve().parent.parent
+HOUR = 3600.0
 
 
 @contextmanager
@@ -33,15 +35,20 @@ def resume_folder(context: Context, inputs: Sequence[Path]) -> Iterator[Path]:
     with alone(folder / "lock", lambda: print(busy, flush=True)):
         forget_finished()
         yield folder
-        (folder / "done").touch()
+        (folder / "done").write_text(str(Path.cwd()), encoding="utf-8")
 
 
 def forget_finished() -> None:
-    """Remove the resume state of stages that ended well, as a stage after them does when it starts."""
+    """Remove the resume state of stages that ended well, as a stage after them does when it starts.
+
+    In another checkout DVC may still be taking in what they made.
+    """
     for note in sorted((home() / "resume").glob("*/done")):
         if lock := try_lock(note.parent / "lock"):
-            with lock:
-                shutil.rmtree(note.parent, ignore_errors=True)
+            with lock, suppress(FileNotFoundError):
+                mine = note.read_text(encoding="utf-8") in ("", str(Path.cwd()))
+                if mine or note.stat().st_mtime < time.time() - HOUR:
+                    shutil.rmtree(note.parent, ignore_errors=True)
 
 
 def _key(context: Context, inputs: Sequence[Path]) -> str:

@@ -117,8 +117,8 @@ def run(stage: Callable[[Context], Done]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     name = Path(sys.argv[0]).stem
-    follow(name)
     try:
+        follow(name)
         context = open_context(name, sys.argv[1] if len(sys.argv) > 1 else None)
         _tracked(stage, context)
     except (UserError, RetryError) as error:
@@ -137,6 +137,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def _stop(number: int, _: object) -> None:
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)  # a second one would cut off what the first one saves
     raise Stopped(number)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from cola_core.errors import RetryError, UserError
+from cola_core.errors import RetryError, UserError, system_told
 from cola_core.files import read_json
 from cola_core.sealed import read_sealed
 from cola_core.secrets import guard, mask, masked
@@ -182,7 +182,8 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _main() -> int:
     guard()
     try:
-        print(f"sync: {sync()} record(s) posted", flush=True)
+        with system_told():
+            print(f"sync: {sync()} record(s) posted", flush=True)
     except (UserError, RetryError) as error:
         print(f"sync: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -142,6 +142,13 @@ def test_clean_removes_nothing_whose_files_mlflow_does_not_have_yet(tmp_path: Pa
     assert cola(root, "clean").returncode == 0 and not workspace.exists()
 
 
+def test_what_the_disk_refuses_is_one_line(project: Path) -> None:
+    command = [sys.executable, "-m", "flows.cli", "run"]
+    mine = variables(project, COLA_CACHE="/proc/nope", PREFECT_HOME="/proc/nope", PREFECT_API_URL="")
+    done = subprocess.run(command, cwd=project, env=mine, capture_output=True, text=True, check=False)
+    assert done.returncode in (2, 75) and "Traceback" not in done.stderr and "/proc/nope" in done.stderr, done.stderr
+
+
 def _fail(error: Exception):  # type: ignore[no-untyped-def]
     def fail(*_: object) -> None:
         raise error

@@ -18,6 +18,7 @@ from servers import end, free_port, prefect_server
 from test_tracking import empty_database  # noqa: F401  a fixture
 
 from tasks.places import main_checkout
+from tasks.resume import forget_finished
 from tests.tiny import environment, hashes, project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -158,6 +159,16 @@ def test_the_same_link_twice_at_once_waits_and_goes_on(bare: Path, killed: bool)
         _ends(first)
     assert _says(second) == ("from 7" if killed else "from 40")
     _ends(second)
+
+
+def test_what_another_checkout_has_finished_stays_until_its_dvc_has_it(bare: Path) -> None:
+    for name, place in (("mine", str(bare)), ("theirs", "/elsewhere"), ("old", "/elsewhere")):
+        note = bare / ".cola/resume" / name / "done"
+        note.parent.mkdir(parents=True)
+        note.write_text(place)
+        os.utime(note, (0, 0) if name == "old" else None)
+    forget_finished()
+    assert [path.name for path in (bare / ".cola/resume").iterdir()] == ["theirs"]
 
 
 def test_a_folder_removed_while_a_link_waits_is_locked_anew(bare: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from cola_core.chain import read_chain
 from cola_core.checkpoints import Progress, load_checkpoint, save_checkpoint
-from cola_core.errors import UserError
+from cola_core.errors import RetryError, UserError
 from cola_core.files import SUFFIX, new_dir, new_file, read_json, scratch, sweep, write_json
+from cola_core.lineage import read_chain
 from cola_core.models import load_base
 from cola_core.rows import Task
 from cola_core.sealed import FORMATS, check_files, inside, read_sealed, seal_folder, write_sealed
@@ -136,7 +137,9 @@ def test_a_stranger_cannot_name_a_file_outside_the_folder(name: str, tmp_path: P
         read_chain(chain[1].folder)
 
 
-def test_a_damaged_checkpoint_is_told_and_the_link_starts_anew(tmp_path: Path, capsys: Any) -> None:
+def test_a_damaged_checkpoint_is_told_and_the_link_starts_anew(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     named = {"q.A": Parameter(torch.randn(3, 4)), "q.B": Parameter(torch.randn(4, 3))}
     optimizer = torch.optim.AdamW(named.values())
     sum((p.sum() for p in named.values()), torch.zeros(())).backward()
@@ -154,6 +157,13 @@ def test_a_damaged_checkpoint_is_told_and_the_link_starts_anew(tmp_path: Path, c
         assert capsys.readouterr().out.count("state.safetensors: not usable") == 1
     path.write_bytes(before)
     assert load_checkpoint(path, {"other": named["q.A"]}, optimizer).step == 0
+    monkeypatch.setattr("cola_core.checkpoints.safe_open", _too_many)
+    with pytest.raises(RetryError, match="Too many open files"):  # it may be whole: nothing may overwrite it
+        load_checkpoint(path, named, optimizer)
+
+
+def _too_many(*_: object, **__: object) -> None:
+    raise OSError(errno.EMFILE, "Too many open files")
 
 
 def test_a_killed_writers_folder_goes_with_the_next_one(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cola_core.errors import RetryError, UserError, of_the_system
+from cola_core.files import scratch
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +38,21 @@ def test_every_writer_on_a_full_and_on_a_read_only_disk() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert len(found) == 9 and {kind: wrong for kind, wrong in found.items() if wrong} == {}
+
+
+def test_a_temporary_that_a_sweeper_took_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no lock yet for an instant."""
+    opened, taken = os.open, []
+
+    def late(path: Path, flags: int) -> int:
+        if not taken:
+            taken.append(path)
+            Path(path).rmdir()
+        return opened(path, flags)
+
+    monkeypatch.setattr("cola_core.files.os.open", late)
+    with scratch(tmp_path, "it") as folder:
+        assert folder.is_dir() and taken and folder != taken[0]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,15 +18,17 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from cola_core.chain import head_of, read_chain
+from cola_core.chain import head_of
 from cola_core.config.recipe import ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.export import chain_manifest, flat_adapter
 from cola_core.health import FACTOR, MARGIN, RECENT, START, Course, check_divergence
 from cola_core.interrupts import uninterrupted
+from cola_core.lineage import read_chain
 from cola_core.links import run_link
 from tests.lab import FP32, LINK, chain_of, grow, job_of, logits_of, model_of, root_of, rows_of
 
+ROOT = Path(__file__).parents[1]
 FAST = {"learning_rate": 3.0, "head_learning_rate": 3.0, "warmup": 0.0, "decay": "constant"}
 
 
@@ -168,6 +173,40 @@ def _stop_later(training: threading.Event, delay: float, farewell: signal.Signal
     training.wait()
     time.sleep(delay)
     os.kill(os.getpid(), farewell)
+
+
+SLOW = """
+import time
+from pathlib import Path
+from tasks.stage import run
+
+def stage(context):
+    try:
+        print("works", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("keeps", flush=True)
+        time.sleep(0.5)
+        Path("kept").touch()
+        raise
+
+run(stage)
+"""
+
+
+def test_a_second_signal_does_not_cut_off_what_the_first_one_saves(tmp_path: Path) -> None:
+    """A service manager tells the whole group, and then DVC's end tells the stage once more."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    command, mine = [sys.executable, "-c", SLOW], {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(command, cwd=tmp_path, env=mine, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout and child.stdout.readline() == "works\n"
+    child.terminate()
+    assert child.stdout.readline() == "keeps\n"
+    for farewell in (signal.SIGTERM, signal.SIGINT):
+        child.send_signal(farewell)
+    told = child.communicate(timeout=30)[1]
+    assert child.returncode == 128 + signal.SIGTERM and (tmp_path / "kept").exists()
+    assert told.splitlines() == ["-c: stopped; the same command goes on from here, a link from its last step"]
 
 
 def test_what_belongs_together_is_done_together() -> None:

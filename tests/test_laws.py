@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from cola_core import links
 from cola_core.adapters import attach
-from cola_core.chain import head_of, read_chain, write_link
+from cola_core.chain import head_of, write_link
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
+from cola_core.lineage import read_chain
 from cola_core.links import initial_pairs, open_chain, run_link
 from cola_core.rows import order
 from cola_core.seeds import derive

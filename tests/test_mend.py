@@ -3,21 +3,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from miniature import ran, weather
-from test_workspace import _dvc_repro, project  # noqa: F401
+from test_workspace import TITLE, _dvc_repro, _params, project  # noqa: F401
 
 from cola_core.config.base import load_yaml
 from flows.mend import mend
 from flows.project import project as opened_project
+from flows.snapshot import runs, snapshot
+from flows.workspace import opened
+from tasks.follow import follow
 
 
 def test_a_cut_off_lock_file_costs_nothing(project: Path) -> None:
@@ -49,6 +55,39 @@ def test_a_cut_off_table_of_locks_and_temporaries_are_removed(project: Path) -> 
     assert len(told) == 3 and all("which a killed DVC had left unfinished" in line for line in told)
     assert not table.exists() and mend(project) == []
     _dvc_repro(project)
+
+
+def test_a_run_mends_its_own_workspace_beside_others(project: Path) -> None:
+    with opened(project, snapshot(project), _params(project), TITLE) as workspace:
+        left = workspace.path / "artifacts/links/1/.AbC.tmp"
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.touch()
+        name = workspace.run
+    with (runs(project) / "another.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with opened(project, snapshot(project), _params(project), TITLE) as workspace:
+            assert workspace.run == name and not left.exists()
+
+
+def test_what_no_kill_has_cut_off_is_left_alone_and_the_rest_is_kept_aside(project: Path) -> None:
+    _dvc_repro(project)
+    lock = project / "dvc.lock"
+    whole = lock.read_text()
+    lock.write_text("schema: '2.0'\n<<<<<<< HEAD\nstages:\n=======\n>>>>>>> other\n")
+    assert mend(project) == [] and "<<<<<<<" in lock.read_text()
+    lock.write_text(whole[:-30])
+    (told,) = mend(project)
+    assert told == "moved dvc.lock, which a killed DVC had left unfinished, to .dvc/tmp/dvc.lock.cut"
+    assert (project / ".dvc/tmp/dvc.lock.cut").read_text() == whole[:-30] and not lock.exists()
+
+
+def test_a_stage_whose_dvc_is_gone_before_it_looks_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setenv("DVC_STAGE", "link")
+    monkeypatch.setattr("tasks.follow._driver", lambda module: SimpleNamespace(name=lambda: "systemd"))
+    monkeypatch.setattr("tasks.follow.os.kill", lambda *call: sent.append(call))
+    follow("link")
+    assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_nothing_is_mended_while_another_dvc_works(project: Path) -> None:

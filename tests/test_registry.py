@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,20 @@ import yaml
 from cola_core.adapter_files import Adapter
 from cola_core.adapters import Pair
 from cola_core.assets.base import base_folder, find_base
-from cola_core.chain import head_of, read_chain, write_link
+from cola_core.chain import head_of, write_link
 from cola_core.config.base import read_yaml
 from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json
+from cola_core.lineage import read_chain
 from cola_core.models import adaptable, load_base, weight_shape
 from cola_core.root import write_root
-from cola_core.sealed import seal_folder, write_sealed
+from cola_core.sealed import read_sealed, seal_folder, write_sealed
 from tasks import merge, prepare, register
 from tasks.export import export
 from tasks.places import ARTIFACTS, link_dir, main_checkout
 from tasks.records import record
-from tasks.release import card
+from tasks.release import card, pack, read_release
 from tasks.stage import Context, Done
 from tasks.store import open_store
 from tasks.sync import sync
@@ -297,6 +299,48 @@ def test_sync_makes_a_version_again_that_was_lost_with_its_store(checkout: Path)
     assert len(versions()) == 1
     (served,) = [path.parent for path in (checkout / "mlartifacts").rglob("serve.json")]
     assert Predictor.load(served).predict([{"text": text} for text in TEXTS]) == expected(checkout)
+
+
+def test_a_version_that_lost_its_files_alone_gets_them_back(checkout: Path) -> None:
+    (checkout / "mlflow.db").unlink()  # the copied one keeps its artifacts elsewhere
+    sync()
+    shutil.rmtree(checkout / "mlartifacts")
+    sync()
+    assert len(versions()) == 1 and len(list((checkout / "mlartifacts").rglob("MLmodel"))) == 1
+
+
+def test_nothing_damaged_or_trained_anew_is_registered(checkout: Path) -> None:
+    weights = checkout / "artifacts/links/1/adapter/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: changed since it was written"):
+        pack_into(checkout / "packed1")
+    weights.write_bytes(whole)
+    folder = link_dir("2")
+    record = read_sealed(folder / "link.json", "link")
+    write_sealed(folder / "link.json", "link", {**record, "tokens": record["tokens"] + 1})
+    with pytest.raises(UserError, match=r"chain.json: tells of another chain than the links beside it"):
+        pack_into(checkout / "packed2")
+
+
+def pack_into(folder: Path) -> None:
+    found = read_release()
+    assert found
+    pack(found[0], folder)
+
+
+def test_damage_in_merged_weights_is_found_before_they_are_served(checkout: Path, tmp_path: Path) -> None:
+    from cola_core.predict import Predictor
+
+    found = read_release()
+    assert found
+    pack(replace(found[0], merged=True), tmp_path / "served")
+    assert Predictor.load(tmp_path / "served").predict([{"text": text} for text in TEXTS]) == expected(checkout)
+    weights = tmp_path / "served/checkpoint/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"model.safetensors: changed since it was written"):
+        Predictor.load(tmp_path / "served")
 
 
 def test_sync_killed_anywhere_while_it_registers_again_makes_one_version(checkout: Path) -> None:

@@ -118,7 +118,7 @@ def test_cola_ui_listens_on_loopback_and_its_command_lines_tell_nothing(tmp_path
         lines = until_both_listen(process)
     finally:
         with suppress(ProcessLookupError):
-            os.kill(child_of(process.pid), signal.SIGINT)
+            os.kill(child_of(process.pid), signal.SIGTERM)
         process.wait(180)
     seen = json.loads(ports.read_text())
     assert {int(port.split(":")[1], 16) for port in seen} >= {5001, 4200} and all(loopback(port) for port in seen)

@@ -57,6 +57,13 @@ def checkout(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPat
     main_checkout.cache_clear()
 
 
+def test_the_address_of_the_store_may_be_relative(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    left("fetch")
+    assert unsynced()
+    assert (sync(), sync()) == (1, 0) and not unsynced()
+
+
 def left(stage: str, *, inputs: tuple[str, ...] = (), outputs: tuple[str, ...] = (), **done: Any) -> str:
     """Leave the record of a stage that read and wrote these files; returns its id."""
     context = Context(stage=stage, key=None, raw=RAW, used={"link": {"steps": 4, "betas": [0.9, 0.999]}})

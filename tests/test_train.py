@@ -11,9 +11,10 @@ import torch
 
 from cola_core import train
 from cola_core.adapters import LoRA, attach, detach
-from cola_core.chain import head_of, read_chain, write_link
+from cola_core.chain import head_of, write_link
 from cola_core.config.recipe import MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
+from cola_core.lineage import read_chain
 from cola_core.links import initial_pairs, open_chain, run_link
 from cola_core.sealed import write_sealed
 from cola_core.split_files import write_rows

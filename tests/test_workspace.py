@@ -129,6 +129,28 @@ def test_a_half_made_workspace_is_made_anew(project: Path) -> None:
         assert (workspace.path / ".dvc" / "config.local").is_file()
 
 
+def test_a_workspace_whose_removal_was_cut_off_is_made_anew(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its settings it would have a cache of its own, and `cola adopt` would find nothing."""
+    path = runs(project) / _one_run(project)
+
+    def cut_off(place: Path, **_: object) -> None:
+        (place / ".dvc" / "config.local").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("flows.clean.shutil.rmtree", cut_off)
+        clean(project, everything=True)
+    with opened(project, snapshot(project), _params(project), TITLE):
+        assert (path / ".dvc" / "config.local").is_file()
+
+
+def test_what_is_being_written_is_in_no_snapshot(project: Path) -> None:
+    before = snapshot(project)
+    (project / ".mlflow.db.x.cola-tmp").mkdir()
+    (project / ".mlflow.db.x.cola-tmp" / "mlflow.db").write_text("half")
+    assert snapshot(project) == before
+
+
 def test_the_same_run_twice_at_once_is_refused_and_a_killed_one_takes_its_stage_along(project: Path) -> None:
     tree, params = snapshot(project), _params(project)
     with (
@@ -235,7 +257,7 @@ def test_clean_keeps_interrupted_runs_for_a_week_and_live_ones_always(project: P
 def test_finished_workspaces_are_bounded_and_come_back_from_the_cache(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.clean.KEPT", 1)
+    monkeypatch.setattr("flows.clean.KEPT", 2)  # of which one is the flow's own, held while it trims
     old, older = _one_run(project, seed=1), _one_run(project, seed=2)
     with opened(project, snapshot(project), _params(project, seed=3), TITLE) as interrupted:
         pass

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cola_core.chain import Link
 from cola_core.evaluation.answers import Answers
 from cola_core.evaluation.figures import draw_confusion, draw_losses, draw_ranks, draw_scores
 from cola_core.evaluation.metrics import confusion
 from cola_core.evaluation.scoreboard import cell, compared
+from cola_core.lineage import Link
 
 __all__ = ["write_report"]
 

@@ -19,10 +19,11 @@ from dvc.utils.serialize import parse_yaml
 from safetensors import deserialize
 
 from cola_core.adapter_files import Adapter, read_adapter, write_adapter
-from cola_core.chain import Link, head_of
+from cola_core.chain import head_of
 from cola_core.checkpoints import Progress, load_checkpoint
 from cola_core.config.base import load_yaml, read_yaml
 from cola_core.config.params import check_params
+from cola_core.lineage import Link
 from cola_core.sealed import read_sealed
 from flows.compose import compose
 from tests.chaos import rows
