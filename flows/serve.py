@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from cola_core.config.base import read_yaml
@@ -16,9 +17,14 @@ __all__ = ["serve"]
 def serve(name: str, cron: str | None, every: float | None) -> None:
     """Announce the deployment and start its runs until stopped; runs can also be started from Prefect's UI.
 
+    A server that goes away later is waited for, however long.
+
     Args:
         cron: when to start, such as `0 2 * * *`.
         every: seconds between two starts, instead of `cron`.
+
+    Raises:
+        RetryError: there is no server to begin with.
     """
     root = checkout()
     quiet()
@@ -26,14 +32,21 @@ def serve(name: str, cron: str | None, every: float | None) -> None:
     from prefect.types.entrypoint import EntrypointType
 
     from flows.pipeline import cola_pipeline
-    from flows.server import quiet_outages
+    from flows.server import back_again, check_server
 
-    quiet_outages()
+    check_server()
     when: dict[str, Any] = {"interval": timedelta(seconds=every)} if every else {"cron": cron}
-    cola_pipeline.serve(
+    start = partial(
+        cola_pipeline.serve,
         name=name,
         parameters={"committed": True},
         limit=pool_size(threads),
         entrypoint_type=EntrypointType.MODULE_PATH,
         **when,
     )
+    while True:
+        try:
+            return start()
+        except Exception:  # Prefect gives up after three vain questions, however its groups of errors are nested
+            if not back_again():
+                raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event
@@ -20,7 +21,7 @@ from prefect.states import Crashed
 from cola_core.errors import RetryError
 from cola_core.locks import alone
 
-__all__ = ["Unreported", "check_server", "leave", "only_shown", "quiet_outages", "reported", "stoppable"]
+__all__ = ["Unreported", "back_again", "check_server", "leave", "only_shown", "reported", "stoppable"]
 
 PATIENCE = 5.0  # seconds for a server that accepts connections and says nothing
 
@@ -87,7 +88,7 @@ def stoppable() -> Iterator[None]:
         raise
 
 
-def quiet_outages() -> None:
+def _quiet() -> None:
     """Leave a line of what Prefect's observers tell with tracebacks of its insides when the server goes."""
     logging.raiseExceptions = False  # what cannot be logged to the server is on this terminal all the same
     logging.getLogger("prefect.events.clients").setLevel(logging.CRITICAL)
@@ -106,7 +107,7 @@ def check_server() -> None:
     Raises:
         RetryError: no answer, and what to do.
     """
-    quiet_outages()
+    _quiet()
     with alone(PREFECT_HOME.value() / "cola.lock"):  # two temporary servers that make one database spoil it
         found = _trouble()
     if found:
@@ -114,6 +115,16 @@ def check_server() -> None:
         address = PREFECT_API_URL.value()
         advice = "start it with `cola ui`, or unset PREFECT_API_URL for a temporary one" if address else "try again"
         raise RetryError(f"Prefect's server at {address or 'a free port'}: no answer ({found}); {advice}")
+
+
+def back_again(poll: float = 5.0) -> bool:
+    """Whether the server had gone, once it is there again; one line tells that it is waited for."""
+    if (found := _trouble()) is None:
+        return False
+    print(f"Prefect's server is away ({found}); waiting for it", file=sys.stderr, flush=True)
+    while _trouble():
+        time.sleep(poll)
+    return True
 
 
 def leave(code: int) -> None:

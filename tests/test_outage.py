@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from miniature import make, ran, variables, weather
+from miniature import git, make, ran, variables, weather
 from servers import end, free_port, kill, mlflow_server, prefect_server, until
 from test_tracking import RAW, checkout, empty_database, history, left, runs  # noqa: F401  fixtures
 
@@ -90,6 +90,33 @@ def test_a_flow_outlives_prefects_server_and_its_own_death(tmp_path: Path, empty
         out, err = again.communicate(timeout=120)
         assert again.returncode == 0 and len(ran(root)) == 6, out + err
     finally:
+        end(server)
+
+
+@pytest.mark.chaos
+def test_schedules_outlive_prefects_server(tmp_path: Path, empty_database: Path) -> None:
+    root, port = make(tmp_path), free_port()
+    shutil.copy(empty_database, root / "mlflow.db")
+    mine = {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PREFECT_HOME": str(tmp_path / "prefect")}
+    mine |= {"PREFECT_RUNNER_POLL_FREQUENCY": "1", "PREFECT_CLIENT_MAX_RETRIES": "0"}
+    command = [sys.executable, "-m", "flows.cli", "serve", "--every", "5"]
+    server, log = prefect_server(tmp_path / "server", port), tmp_path / "serve.log"
+    with log.open("w") as out:
+        serve = subprocess.Popen(
+            command, cwd=root, env=variables(root, **mine), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        until(lambda: "register" in ran(root), 120)
+        kill(server)
+        until(lambda: "; waiting for it" in log.read_text(), 120)
+        params = root / "params.yaml"
+        params.write_text(params.read_text().replace("\nseed: 0\n", "\nseed: 1\n"))
+        git(root, "commit", "-aqm", "other")
+        server = prefect_server(tmp_path / "server", port)
+        until(lambda: ran(root).count("fetch") == 2, 120)
+        assert serve.poll() is None and log.read_text().count("; waiting for it") == 1
+    finally:
+        end(serve)
         end(server)
 
 
