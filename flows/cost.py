@@ -88,9 +88,10 @@ def _link(key: str, params: Params, size: Sizes) -> Cost:
     )
     kept = activations(shape, batch, ranks, WIDTH[params.machine.dtype], checkpointing=checkpointing)
     steps = config.steps * lora_step(shape, _work(params, size, "train", config.batch), ranks, checkpointing)
-    checked = forward(shape, _work(params, size, "validation", size.splits["validation"].rows), ranks)
-    validations = math.ceil(config.steps / config.validate_every) + (config.keep_link == "if_better")
-    flops = steps + validations * checked + knot(shape, ranks)
+    rows = _work(params, size, "validation", size.splits["validation"].rows)
+    checked = math.ceil(config.steps / config.validate_every) * forward(shape, rows, ranks)
+    before = forward(shape, rows) if config.keep_link == "if_better" else 0
+    flops = steps + checked + before + knot(shape, ranks)
     return Cost(trainable, flops, _memory(params, size, ADAM * trainable + kept + logits_bytes(shape, batch)))
 
 

@@ -106,6 +106,7 @@ def _others_at_work(root: Path) -> bool:
 def _remove(path: Path, root: Path) -> str:
     what = f"{path.relative_to(root)}, which a killed DVC had left unfinished"
     if path.name == "dvc.lock":
+        (root / ASIDE).parent.mkdir(parents=True, exist_ok=True)
         path.replace(root / ASIDE)
         return f"moved {what}, to {ASIDE}"
     path.unlink(missing_ok=True)

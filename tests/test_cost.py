@@ -71,12 +71,14 @@ def counted(work: Any) -> int:
     return int(counter.get_total_flops())
 
 
-def test_a_link_is_its_steps_validations_and_knot(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["always", "if_better"])
+def test_a_link_is_its_steps_validations_and_knot(root: Path, tmp_path: Path, policy: str) -> None:
     params, size = setting(), known(root)
+    raw = params.model_dump(by_alias=True)
+    params = check_params({**raw, "link": {**raw["link"], "keep_link": policy}})
     ranks = reference_ranks("1", params, size)
-    job = job_of(
-        "llama", root_of("llama", tmp_path), FP32, ranks=ranks, train=rows("train"), validation=rows("validation")
-    )
+    data = {"train": rows("train"), "validation": rows("validation")}
+    job = job_of("llama", root_of("llama", tmp_path), FP32, ranks=ranks, keep_link=policy, **data)
     said = cost("link", "1", params, size)
     assert said is not None and said.flops is not None
     more = sum(length - 1 for length in map(len, CANDIDATES))
