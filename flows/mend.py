@@ -16,7 +16,9 @@ from typing import Any
 import psutil
 import yaml
 
+from cola_core.assets.cache import cache_root
 from cola_core.errors import RetryError, UserError
+from cola_core.files import sweep
 from cola_core.locks import try_lock
 from flows.project import project
 from flows.snapshot import runs
@@ -30,8 +32,10 @@ ASIDE = ".dvc/tmp/dvc.lock.cut"
 def mend(root: Path) -> list[str]:
     """Put away the cut-off files and abandoned temporaries of DVC in the project at `root`; returns a line for each.
 
-    Nothing is touched while another DVC works there.
+    Nothing is touched while another DVC works there. What a killed flow left in the cache goes too: nobody but the next
+    flow would write there.
     """
+    sweep(cache_root())
     if not any(_broken(root)):
         return []
     try:

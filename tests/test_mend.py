@@ -18,7 +18,9 @@ import pytest
 from miniature import ran, weather
 from test_workspace import TITLE, _dvc_repro, _params, project  # noqa: F401
 
+from cola_core.assets.cache import cache_root
 from cola_core.config.base import load_yaml
+from cola_core.files import scratch
 from flows.mend import mend
 from flows.project import project as opened_project
 from flows.snapshot import runs, snapshot
@@ -88,6 +90,15 @@ def test_a_stage_whose_dvc_is_gone_before_it_looks_ends(monkeypatch: pytest.Monk
     monkeypatch.setattr("tasks.follow.os.kill", lambda *call: sent.append(call))
     follow("link")
     assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_what_a_killed_flow_left_in_the_cache_goes(project: Path) -> None:
+    left = cache_root() / ".stage.abc.cola-tmp"
+    left.mkdir(parents=True)
+    with scratch(cache_root(), "stage") as kept:
+        left.mkdir(parents=True, exist_ok=True)
+        mend(project)
+        assert kept.exists() and not left.exists()
 
 
 def test_nothing_is_mended_while_another_dvc_works(project: Path) -> None:
