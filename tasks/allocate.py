@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from tasks.context import Context, Done
 from tasks.places import ARTIFACTS, link_dir
-from tasks.stage import Context, Done, run
+from tasks.stage import run
 
 RETRIES = 0
 

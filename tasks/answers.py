@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tasks.context import Context
 from tasks.places import ARTIFACTS
 from tasks.progress import progress
-from tasks.stage import Context
 
 if TYPE_CHECKING:
     from cola_core.evaluation.answers import Answers

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tasks.answers import PREPARED, answers_of, test_sample
+from tasks.context import Context, Done
 from tasks.places import ARTIFACTS, link_dir
-from tasks.stage import Context, Done, run
+from tasks.stage import run
 
 if TYPE_CHECKING:
     from cola_core.evaluation.answers import Answers

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tasks.answers import PREPARED, answers_of, test_sample
+from tasks.context import Context, Done
 from tasks.places import ARTIFACTS, link_dir
-from tasks.stage import Context, Done, run
+from tasks.stage import run
 
 RETRIES = 0
 OUT = ARTIFACTS / "evaluate_base"

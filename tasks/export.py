@@ -8,9 +8,9 @@ from pathlib import Path
 from cola_core.errors import UserError, suggest
 from cola_core.files import new_dir
 from cola_core.sealed import check_files
+from tasks.context import open_context
 from tasks.places import ARTIFACTS
 from tasks.release import card
-from tasks.stage import open_context
 
 __all__ = ["FORMS", "export"]
 

@@ -12,8 +12,9 @@ from cola_core.config.task import AssetConfig, FetchConfig
 from cola_core.errors import UserError, suggest
 from cola_core.files import new_dir
 from cola_core.sealed import seal_folder
+from tasks.context import Context, Done
 from tasks.places import ARTIFACTS
-from tasks.stage import Context, Done, run
+from tasks.stage import run
 
 __all__ = ["RETRIES", "main"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tasks.context import Context, Done
 from tasks.places import ARTIFACTS, link_dir
-from tasks.stage import Context, Done, run
+from tasks.stage import run
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.context import Context, Done
 from tasks.places import ARTIFACTS, link_dir
 from tasks.progress import progress
 from tasks.resume import resume_folder
-from tasks.stage import Context, Done, run
+from tasks.stage import run
 
 if TYPE_CHECKING:
     from cola_core.links import LinkJob

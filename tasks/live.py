@@ -14,8 +14,8 @@ from typing import IO, Any
 
 from cola_core.errors import RetryError, UserError
 from cola_core.secrets import mask
+from tasks.context import Context
 from tasks.places import home
-from tasks.stage import Context
 from tasks.store import Store, open_store
 
 __all__ = ["Live"]

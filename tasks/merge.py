@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks.context import Context, Done
 from tasks.places import ARTIFACTS, link_dir
 from tasks.resume import forget_finished
-from tasks.stage import Context, Done, run
+from tasks.stage import run
 
 if TYPE_CHECKING:
     from cola_core.config.recipe import MachineConfig

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from cola_core.config.task import PrepareConfig
 from cola_core.errors import UserError
+from tasks.context import Context, Done
 from tasks.places import ARTIFACTS
-from tasks.stage import Context, Done, run
+from tasks.stage import run
 
 RETRIES = 0
 DATA = ARTIFACTS / "fetch" / "data"

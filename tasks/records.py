@@ -7,15 +7,13 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cola_core.files import read_json, tree_hash
 from cola_core.sealed import write_sealed
 from cola_core.secrets import masked
+from tasks.context import Context, Done
 from tasks.places import home
-
-if TYPE_CHECKING:
-    from tasks.stage import Context, Done
 
 __all__ = ["identity", "record"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tasks.stage import Context, Done, run
+from tasks.context import Context, Done
+from tasks.stage import run
 
 RETRIES = 3  # the tracking server may be away for a moment
 

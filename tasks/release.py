@@ -21,8 +21,8 @@ from cola_core.files import read_json
 from cola_core.lineage import check_manifest, read_chain
 from cola_core.root import base_manifest
 from cola_core.sealed import check_files, checksum, read_sealed, write_sealed
+from tasks.context import Context
 from tasks.places import ARTIFACTS, link_dir
-from tasks.stage import Context
 
 __all__ = ["Release", "card", "gather", "pack", "read_release"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from cola_core.files import tree_hash
 from cola_core.locks import alone, try_lock
+from tasks.context import Context
 from tasks.places import home
 from tasks.records import identity
-from tasks.stage import Context
 
 __all__ = ["forget_finished", "resume_folder"]
 

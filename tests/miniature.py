@@ -45,7 +45,8 @@ import time
 from pathlib import Path
 
 from cola_core.errors import RetryError, UserError
-from tasks.stage import Context, Done, run
+from tasks.context import Context, Done
+from tasks.stage import run
 
 RETRIES = {retries}
 WEATHER = Path(os.environ["MINIATURE_WEATHER"])

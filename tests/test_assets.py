@@ -25,8 +25,8 @@ from cola_core.assets.tiny import build_tiny
 from cola_core.assets.wheels import extract
 from cola_core.errors import RetryError, UserError
 from cola_core.files import tree_hash
+from tasks.context import Context
 from tasks.fetch import main
-from tasks.stage import Context
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

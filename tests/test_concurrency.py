@@ -107,7 +107,7 @@ LINK = """
 import sys, time
 from pathlib import Path
 from tasks.resume import forget_finished, resume_folder
-from tasks.stage import Context
+from tasks.context import Context
 with resume_folder(Context("link@1", "1", {}), []) as folder:
     steps = folder / "steps"
     done = int(steps.read_text()) if steps.exists() else 0

@@ -24,7 +24,7 @@ from cola_core.data.templates import template
 from cola_core.errors import RetryError, UserError
 from cola_core.sealed import seal_folder
 from tasks import prepare
-from tasks.stage import Context
+from tasks.context import Context
 from tests.chaos import fuzz, readers, rows
 from tests.chaos.fuzz import judged, run_kind
 from tests.chaos.readers import KINDS

@@ -27,10 +27,10 @@ from servers import end, free_port, kill, mlflow_server, prefect_server, until
 from test_tracking import RAW, checkout, empty_database, history, left, runs  # noqa: F401  fixtures
 
 from cola_core.errors import RetryError
+from tasks.context import Context, Done
 from tasks.live import Live
 from tasks.pending import unsynced
 from tasks.records import record
-from tasks.stage import Context, Done
 from tasks.sync import sync
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

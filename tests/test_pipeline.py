@@ -92,7 +92,8 @@ def test_law_6_a_prefect_flow_in_another_clean_clone_gives_the_same_hashes(
 
 
 STAGE = """
-from tasks.stage import Done, run
+from tasks.context import Done
+from tasks.stage import run
 
 def stage(context):
     import torch

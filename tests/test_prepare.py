@@ -23,7 +23,7 @@ from cola_core.rows import Row
 from cola_core.sealed import checksum, seal_folder, write_sealed
 from cola_core.split_files import MARK, read_rows
 from tasks import prepare
-from tasks.stage import Context
+from tasks.context import Context
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"

@@ -31,11 +31,11 @@ from cola_core.models import adaptable, load_base, weight_shape
 from cola_core.root import write_root
 from cola_core.sealed import read_sealed, seal_folder, write_sealed
 from tasks import merge, prepare, register
+from tasks.context import Context, Done
 from tasks.export import export
 from tasks.places import ARTIFACTS, link_dir, main_checkout
 from tasks.records import record
 from tasks.release import card, pack, read_release
-from tasks.stage import Context, Done
 from tasks.store import open_store
 from tasks.sync import sync
 

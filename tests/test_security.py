@@ -29,8 +29,8 @@ from cola_core.data.comparison import comparable
 from cola_core.data.templates import template
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
+from tasks.context import Context, Done
 from tasks.records import record
-from tasks.stage import Context, Done
 from tests.watched import CANARY, TOLD, WATCH, Watched, namespace, watch, watched_variables
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,11 +20,11 @@ from cola_core.errors import RetryError, UserError
 from cola_core.sealed import write_sealed
 from tasks import live as live_log
 from tasks import sync as sync_module
+from tasks.context import Context, Done
 from tasks.pending import unsynced
 from tasks.places import home, main_checkout
 from tasks.progress import progress
 from tasks.records import record
-from tasks.stage import Context, Done
 from tasks.store import Store, open_store
 from tasks.sync import sync
 
@@ -276,7 +276,7 @@ def test_live_and_sync_share_one_run(checkout: Path) -> None:
 def test_a_live_run_whose_process_died_does_not_stay_running(checkout: Path) -> None:
     left("fetch")
     program = (
-        "import os, time; from tasks.live import Live; from tasks.stage import Context\n"
+        "import os, time; from tasks.live import Live; from tasks.context import Context\n"
         f"live = Live(Context('link@1', '1', {RAW!r}, 'dead'))\n"
         "live.step(1, {'loss': 1.0})\n"
         "while not live._points.empty(): time.sleep(0.05)\n"
@@ -313,7 +313,7 @@ def test_live_trouble_is_one_line_and_training_goes_on(
 
 def test_a_stage_without_steps_never_imports_mlflow(checkout: Path) -> None:
     program = (
-        "import sys; from tasks.live import Live; from tasks.stage import Context\n"
+        "import sys; from tasks.live import Live; from tasks.context import Context\n"
         f"with Live(Context('link@1', '1', {RAW!r})): pass\n"
         "sys.exit('mlflow' in sys.modules)"
     )

@@ -28,8 +28,8 @@ from cola_core.models import load_base, save_merged
 from cola_core.sealed import seal_folder, write_sealed
 from cola_core.split_files import write_rows
 from cola_core.tensors import save_tensors
+from tasks.context import Context, Done
 from tasks.records import record
-from tasks.stage import Context, Done
 from tests.lab import FP32, base_of, chain_of, rows_of
 
 PAGE, ROOM = 4096, 1 << 26
