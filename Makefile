@@ -43,11 +43,12 @@ test: setup
 
 chaos: setup
 	$(BIN)/python -m pytest -m chaos tests
-	$(BIN)/python -m tests.chaos.kills --kills 200
-	$(BIN)/python -m tests.chaos.fuzz --files 1000
-	$(BIN)/python -m pip install --quiet '.[chaos]'
-	for kind in params jsonl csv adapter_config checkpoint; do \
-		$(BIN)/python -m tests.chaos.coverage_fuzz --kind $$kind --runs 2000 || exit 1; done
+	$(BIN)/python -m tests.chaos.kills --kills 200 --jobs $(WORKERS)
+	$(BIN)/python -m tests.chaos.kills --real --kills 6
+	$(BIN)/python -m tests.chaos.fuzz --files 1000 --jobs $(WORKERS)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[chaos]'
+	echo params jsonl csv adapter_config checkpoint | xargs -n 1 -P $(WORKERS) \
+		$(BIN)/python -m tests.chaos.coverage_fuzz --runs 2000 --kind
 
 lint: setup
 	$(BIN)/ruff check .

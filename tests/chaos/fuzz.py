@@ -1,6 +1,6 @@
 """Spoilt files by the thousand: each gets a right answer or one clear line, never a traceback, a hang or half a file.
 
-python -m tests.chaos.fuzz --files 1000 --seed 0 [--kind params]      what fails is kept under --save
+python -m tests.chaos.fuzz --files 1000 --seed 0 [--kind params] [--jobs 2]      what fails is kept under --save
 python -m tests.chaos.fuzz --kind params --replay FILE                 one kept file again
 """
 
@@ -16,7 +16,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -135,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=sorted(KINDS), action="append")
+    parser.add_argument("--jobs", type=int, default=1, help="kinds at once")
     parser.add_argument("--save", type=Path, default=Path(tempfile.gettempdir()) / "cola-fuzz")
     parser.add_argument("--replay", type=Path, help="a kept file of the one --kind given")
     asked = parser.parse_args(arguments)
@@ -144,15 +147,19 @@ def main(arguments: list[str] | None = None) -> int:
     shutil.rmtree(asked.save, ignore_errors=True)
     failed = 0
     print(f"{'kind':<16}{'files':>6}{'accepted':>10}{'refused':>9}{'seconds':>9}{'failures':>10}")
-    for name in asked.kind or KINDS:
-        tally = run_kind(name, asked.files, asked.seed, asked.save)
-        failed += len(tally.failures)
-        counts = f"{tally.files:>6}{tally.accepted:>10}{tally.refused:>9}{tally.seconds:>9.1f}{len(tally.failures):>10}"
-        print(f"{name:<16}{counts}", flush=True)
-        for index, line in tally.failures.items():
-            kept = f"{asked.save}/{name}-{asked.seed}-{index}"
-            print(f"  {line}\n    python -m tests.chaos.fuzz --kind {name} --replay {kept}")
+    with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("fork")) as pool:
+        one = partial(run_kind, files=asked.files, seed=asked.seed, save=asked.save)
+        for tally in pool.map(one, asked.kind or KINDS):
+            failed += len(tally.failures)
+            _tell(tally, f"{asked.save}/{tally.kind}-{asked.seed}")
     return int(failed > 0)
+
+
+def _tell(tally: Tally, kept: str) -> None:
+    counts = f"{tally.files:>6}{tally.accepted:>10}{tally.refused:>9}{tally.seconds:>9.1f}{len(tally.failures):>10}"
+    print(f"{tally.kind:<16}{counts}", flush=True)
+    for index, line in tally.failures.items():
+        print(f"  {line}\n    python -m tests.chaos.fuzz --kind {tally.kind} --replay {kept}-{index}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,7 @@ import typer
 from safetensors import safe_open
 
 from cola_core.assets.cache import cache_root
+from cola_core.config.base import read_yaml
 from tests.chaos.checks import Outcome, outcome
 from tests.chaos.projects import prepare, prepare_real
 from tests.chaos.triggers import Trigger, trigger
@@ -54,7 +57,7 @@ class Life:
         """Kill up to `most` times, then let it end; `flows` is the share of commands that are `cola run`."""
         while len(self.kills) < most and not self.failures:
             command = FLOW if self.draw.random() < flows else MAKE
-            if not self._start(command, trigger(self.draw, self.slow)):
+            if not self._start(command, trigger(self.draw, self.slow, self._steps())):
                 break
         if not self.failures:
             self._start(MAKE, None)
@@ -117,6 +120,9 @@ class Life:
                 if mark in (entry / "environ").read_bytes() and b"\nState:\tZ" not in (entry / "status").read_bytes():
                     yield int(entry.name)
 
+    def _steps(self) -> int:
+        return int(read_yaml(self.folder / "params.yaml")["link"]["steps"])
+
     def _kept_steps(self) -> list[int]:
         """The last step of every link that has a checkpoint and has not ended."""
         import json
@@ -149,31 +155,44 @@ def main(
     seed: Annotated[int, typer.Option(help="Of instants and commands.")] = 0,
     each: Annotated[int, typer.Option(help="Kills in one life at most.")] = 12,
     flows: Annotated[float, typer.Option(help="Share of `cola run`.")] = 0.15,
+    jobs: Annotated[int, typer.Option(help="Lives at once.")] = 2,
     real: Annotated[bool, typer.Option("--real", help="One life of the default recipe on the real model.")] = False,
 ) -> None:
     """Kill until there were `kills`; exit code 1 if anything was lost or left."""
     if real:
         return _real(kills, random.Random(seed))
-    draw, done, failed, started = random.Random(seed), 0, 0, time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="cola-chaos-") as name:
+    done, failed, started = 0, 0, time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="cola-chaos-") as name, ThreadPoolExecutor(jobs) as pool:
         wanted = undisturbed(Path(name) / "undisturbed")
-        number = 0
-        while done < kills:
-            number += 1
-            place = Path(name) / f"life{number}"
-            life = Life(prepare(place / "project"), str(place / "cache"), draw)
-            life.live(min(each, kills - done), flows)
-            wrong = life.failures or outcome(life.folder, life.cache).differences(wanted)
-            done, failed = done + len(life.kills), failed + bool(wrong)
-            print(
-                f"life {number}: {len(life.kills)} kills, {done} in all, {time.monotonic() - started:.0f} s", flush=True
-            )
-            for line in [*life.kills, *wrong] if wrong else []:
-                print(f"  {line}", flush=True)
-            if not wrong:
-                shutil.rmtree(place)
-    print(f"{done} kills in {number} lives, {failed} lives with a failure, {(time.monotonic() - started) / 60:.1f} min")
+        lives, numbers = set[Future[tuple[Life, list[str]]]](), count(1)
+        while lives or done < kills:
+            while len(lives) < jobs and done + each * len(lives) < kills:
+                number = next(numbers)
+                place, draw = Path(name) / f"life{number}", random.Random(f"{seed}/{number}")
+                lives.add(pool.submit(_life, place, draw, each, flows, wanted))
+            for ended in wait(lives, return_when=FIRST_COMPLETED).done:
+                lives.remove(ended)
+                life, wrong = ended.result()
+                done, failed = done + len(life.kills), failed + bool(wrong)
+                _tell(life, wrong, f"{done} in all, {time.monotonic() - started:.0f} s")
+    print(f"{done} kills, {failed} lives with a failure, {(time.monotonic() - started) / 60:.1f} min")
     raise SystemExit(bool(failed))
+
+
+def _life(place: Path, draw: random.Random, most: int, flows: float, wanted: Outcome) -> tuple[Life, list[str]]:
+    """One life, and what was wrong with it; one that was well leaves no files."""
+    life = Life(prepare(place / "project"), str(place / "cache"), draw)
+    life.live(most, flows)
+    wrong = life.failures or outcome(life.folder, life.cache).differences(wanted)
+    if not wrong:
+        shutil.rmtree(place)
+    return life, wrong
+
+
+def _tell(life: Life, wrong: list[str], rest: str) -> None:
+    print(f"{life.folder.parent.name}: {len(life.kills)} kills, {rest}", flush=True)
+    for line in [*life.kills, *wrong] if wrong else []:
+        print(f"  {line}", flush=True)
 
 
 def _real(kills: int, draw: random.Random) -> None:

@@ -19,15 +19,20 @@ class Trigger:
     latest: float = 9.0
 
 
-def trigger(draw: random.Random, slow: float) -> Trigger:
-    """A random instant, or one within what is most easily torn; all of it `slow` times later on a large model."""
+def trigger(draw: random.Random, slow: float, steps: int) -> Trigger:
+    """A random instant, or one within what is most easily torn.
+
+    Args:
+        slow: how many times later all of it is, on a large model.
+        steps: of every link.
+    """
     kinds = [
         Trigger("any instant", latest=draw.uniform(0.2, 9.0)),
         Trigger("in a write", files="artifacts/**/.*.cola-tmp", after=draw.uniform(0.0, 0.01), latest=15.0),
         Trigger("in a checkpoint", files=".cola/resume/*/.*.cola-tmp", after=draw.uniform(0.0, 0.004), latest=15.0),
         Trigger("in dvc.lock", text="Updating lock file", after=draw.uniform(0.0, 0.3), latest=15.0),
         Trigger("in a step", text="link@", after=draw.uniform(0.0, 0.4), latest=15.0),
-        Trigger("at a knot", text="6/6", after=draw.uniform(0.0, 0.8), latest=15.0),
+        Trigger("at a knot", text=f" {steps}/{steps} ", after=draw.uniform(0.0, 0.8), latest=15.0),
         Trigger("in merge", text="Running stage 'merge'", after=draw.uniform(0.5, 4.0), latest=15.0),
         Trigger("while tables are made", files=".mlflow.db.*.cola-tmp", after=draw.uniform(0.0, 5.0), latest=15.0),
         Trigger("in sync", text="-m tasks.sync", after=draw.uniform(0.0, 8.0), latest=15.0),
