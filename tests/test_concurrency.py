@@ -28,7 +28,7 @@ FORBIDDEN = ("database is locked", "is busy", "blocked by", "index.lock", "Trace
 
 def _started(root: Path, command: list[str], **more: str) -> subprocess.Popen[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = {k: v for k, v in variables(root, PATH=path, **more).items() if v}
+    settings = {k: v for k, v in {**variables(root), "PATH": path, **more}.items() if v}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [sys.executable, "-m", *command], cwd=root, env=settings, stdout=pipe, stderr=subprocess.STDOUT, text=True,

@@ -121,7 +121,7 @@ class Life:
                     yield int(entry.name)
 
     def _steps(self) -> int:
-        return int(read_yaml(self.folder / "params.yaml")["link"]["steps"])
+        return int(read_yaml(self.folder / "params.yaml")["chain"]["1"]["link"]["steps"])
 
     def _kept_steps(self) -> list[int]:
         """The last step of every link that has a checkpoint and has not ended."""
