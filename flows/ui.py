@@ -18,6 +18,8 @@ __all__ = ["serve_uis"]
 
 HOST = "127.0.0.1"
 MLFLOW, PREFECT = 5001, 4200
+# MLflow else starts fifteen processes and takes 2.4 GB, most of it for jobs that judge chats; so two and 0.4 GB do.
+LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_WORKERS": "1"}
 
 
 def serve_uis(mlflow: int = MLFLOW, prefect: int = PREFECT) -> None:
@@ -42,7 +44,7 @@ def serve_uis(mlflow: int = MLFLOW, prefect: int = PREFECT) -> None:
     # Prefect's pages ask port 4200 whatever port serves them, unless they are told.
     pages = f"http://{HOST}:{prefect}/api"
     # Command lines are everybody's to read and the store's address may hold a password, so a variable tells it.
-    variables = environment(PREFECT_SERVER_UI_API_URL=pages, MLFLOW_BACKEND_STORE_URI=tracking_uri())
+    variables = LEAN | environment(PREFECT_SERVER_UI_API_URL=pages, MLFLOW_BACKEND_STORE_URI=tracking_uri())
     children = {name: _start(command, variables) for name, command in commands.items()}
     try:
         print("\n".join([*commands, "stop both with Ctrl-C"]), flush=True)
