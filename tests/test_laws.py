@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
@@ -13,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from cola_core import links
 from cola_core.adapters import attach
-from cola_core.chain import head_of, write_link
+from cola_core.chain import head_of, tie, write_link
 from cola_core.errors import UserError
+from cola_core.export import chain_manifest
 from cola_core.files import tree_hash
 from cola_core.lineage import read_chain
 from cola_core.links import initial_pairs, open_chain, run_link
@@ -178,6 +180,22 @@ def test_law_5_a_merge_that_is_not_finite_stops(family: str, tmp_path: Path) -> 
     write_link(chain[1].folder, adapter, record, {})
     with pytest.raises(UserError, match=rf"{name} is not finite after merging link 1"):
         model_of(family, read_chain(chain[1].folder), FP32)
+
+
+def test_law_5_every_link_records_what_rounding_took(family: str, tmp_path: Path) -> None:
+    chain = chain_of(family, tmp_path, 1, FP32)
+    model, taken = model_of(family, chain[:1], FP32), []
+    for name, pair in chain[1].adapter().pairs.items():
+        module, delta = model.get_submodule(name), (pair.scale * (pair.b @ pair.a)).numpy()
+        before = module.weight.detach().numpy()
+        delta = delta.T if isinstance(module, Conv1D) else delta
+        moved = (before + delta).astype("f8") - before.astype("f8")
+        taken.append(np.linalg.norm(moved - delta.astype("f8")) / np.linalg.norm(delta.astype("f8")))
+    knot = chain[1].record["knot"]
+    assert [knot["merge_error_max"], knot["merge_error_mean"]] == pytest.approx([max(taken), np.mean(taken)], rel=1e-6)
+    assert max(taken) > 1e-9, "nothing was rounded: the test would pass empty"
+    (told,) = chain_manifest(chain, dict(tie(model, chain)))["links"]
+    assert told["merge_error_max"] == knot["merge_error_max"]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
