@@ -123,6 +123,7 @@ def test_cola_ui_listens_on_loopback_and_its_command_lines_tell_nothing(tmp_path
     seen = json.loads(ports.read_text())
     assert {int(port.split(":")[1], 16) for port in seen} >= {5001, 4200} and all(loopback(port) for port in seen)
     assert any("mlflow" in line for line in lines) and not [line for line in lines if CANARY in line]
+    assert not [line for line in lines if "mlflow.server.jobs" in line or "--workers 4" in line], "for one person?"
     assert CANARY not in (tmp_path / "out").read_text()
 
 
