@@ -7,10 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cola_core.assets.cache import cache_root
-from cola_core.files import SUFFIX, sweep
 from cola_core.locks import try_lock
-from flows.mend import below
+from flows.mend import sweep_all
 from flows.snapshot import git, runs
 from tasks.pending import unposted_files
 
@@ -31,7 +29,7 @@ def clean(root: Path, everything: bool = False) -> list[Path]:
     """
     folder = runs(root)
     limit = time.time() - (0.0 if everything else WEEK)
-    gone = [*_workspaces(folder, limit), *_resume(folder.parent / "resume", limit), *_temporaries(root, folder)]
+    gone = [*_workspaces(folder, limit), *_resume(folder.parent / "resume", limit), *sweep_all(root)]
     git(root, "worktree", "prune")
     return gone
 
@@ -82,10 +80,3 @@ def _resume(folder: Path, limit: float) -> Iterator[Path]:
             if max(map(_age, path.rglob("*"))) <= limit:
                 shutil.rmtree(path)
                 yield path
-
-
-def _temporaries(root: Path, folder: Path) -> Iterator[Path]:
-    """What killed processes of ours left half-written; `flows.mend` removes what DVC left."""
-    for place in (folder.parent, root / "artifacts", cache_root()):
-        for parent in sorted({path.parent for path in below(place, f".*{SUFFIX}")}):
-            yield from sweep(parent)

@@ -18,13 +18,13 @@ import yaml
 
 from cola_core.assets.cache import cache_root
 from cola_core.errors import RetryError, UserError
-from cola_core.files import sweep
+from cola_core.files import SUFFIX, sweep
 from cola_core.locks import try_lock
 from flows.project import project
 from flows.snapshot import runs
 from tasks.follow import alive
 
-__all__ = ["below", "mend"]
+__all__ = ["mend", "sweep_all"]
 
 ASIDE = ".dvc/tmp/dvc.lock.cut"
 
@@ -32,10 +32,9 @@ ASIDE = ".dvc/tmp/dvc.lock.cut"
 def mend(root: Path) -> list[str]:
     """Put away the cut-off files and abandoned temporaries of DVC in the project at `root`; returns a line for each.
 
-    Nothing is touched while another DVC works there. What a killed flow left in the cache goes too: nobody but the next
-    flow would write there.
+    Nothing is touched while another DVC works there. What killed processes of ours left goes too.
     """
-    sweep(cache_root())
+    sweep_all(root)
     if not any(_broken(root)):
         return []
     try:
@@ -45,17 +44,24 @@ def mend(root: Path) -> list[str]:
         return []
 
 
+def sweep_all(root: Path) -> list[Path]:
+    """Remove temporaries whose process is gone: here, in every workspace and in the cache; returns them."""
+    places = (runs(root).parent, root / "artifacts", cache_root())
+    parents = {path.parent for place in places for path in _below(place, f".*{SUFFIX}")}
+    return [path for parent in sorted(parents) for path in sweep(parent)]
+
+
 def _broken(root: Path) -> Iterator[Path]:
     for path, whole in ((root / "dvc.lock", _is_lock_file), (root / ".dvc/tmp/rwlock", _is_lock_table)):
         if path.is_file() and not whole(path):
             yield path
-    yield from filter(Path.is_file, below(root / "artifacts", ".*.tmp"))
-    shared = list(filter(Path.is_file, below(root / ".dvc/cache", ".*.tmp")))
+    yield from filter(Path.is_file, _below(root / "artifacts", ".*.tmp"))
+    shared = list(filter(Path.is_file, _below(root / ".dvc/cache", ".*.tmp")))
     if shared and not _others_at_work(root):
         yield from shared
 
 
-def below(place: Path, pattern: str) -> Iterator[Path]:
+def _below(place: Path, pattern: str) -> Iterator[Path]:
     """Files and folders of such a name anywhere below `place`, while others may be removing them."""
     for folder, folders, files in os.walk(place):
         yield from (Path(folder, name) for name in fnmatch.filter([*folders, *files], pattern))

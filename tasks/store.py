@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cola_core.errors import RetryError, UserError
-from cola_core.files import new_file
+from cola_core.files import new_file, scratch
 from cola_core.locks import alone
 from cola_core.secrets import mask
 from tasks.places import home, main_checkout
@@ -121,14 +122,27 @@ def open_store() -> Iterator[Store]:
     set_tracking_uri(uri)
     set_registry_uri(uri)
     try:
-        with locked("store"):  # two processes that both make the tables of a new database get in each other's way
-            _make_tables(uri)
-            store = Store(MlflowClient(uri, uri), uri)
-            store.client.search_experiments(max_results=1)
-        yield store
+        with _own_temporaries():
+            with locked("store"):  # two processes that both make the tables of a new database get in each other's way
+                _make_tables(uri)
+                store = Store(MlflowClient(uri, uri), uri)
+                store.client.search_experiments(max_results=1)
+            yield store
     except (MlflowException, SQLAlchemyError, OSError) as error:
         refused = getattr(error, "error_code", "") in REFUSED
         raise (UserError if refused else RetryError)(_line(uri, error)) from None
+
+
+@contextmanager
+def _own_temporaries() -> Iterator[None]:
+    """Let MLflow's temporary folders lie in one of ours, which is found and removed if this process is killed."""
+    before = tempfile.tempdir
+    with scratch(home(), "mlflow") as folder:
+        tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def database_file(uri: str) -> Path | None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from cola_core.assets.references import opened
 from cola_core.assets.tiny import build_tiny
 from cola_core.assets.wheels import extract
 from cola_core.errors import RetryError, UserError
-from cola_core.files import tree_hash
+from cola_core.files import sweep, tree_hash
 from tasks.context import Context
 from tasks.fetch import main
 
@@ -133,6 +135,28 @@ def test_an_index_that_does_not_answer_may_be_tried_again(monkeypatch: pytest.Mo
     with pytest.raises(RetryError, match=r"no package index can be reached"), opened("pypi:tiny-data==1.0/x", "0" * 64):
         pass
     assert kept(cache) == []
+
+
+def test_what_a_killed_pip_leaves_goes_with_its_folder(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+) -> None:
+    """Killed while an index that takes connections says nothing."""
+    (temporary := tmp_path / "tmp").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = {
+            "PIP_INDEX_URL": f"http://127.0.0.1:{silent.getsockname()[1]}/simple",
+            "PIP_CONFIG_FILE": os.devnull,
+        }
+        mine = {**os.environ, **settings, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
+        program = "from cola_core.assets.references import opened\nwith opened('pypi:a==1/x', '0' * 64): pass"
+        child = subprocess.Popen([sys.executable, "-c", program], env=mine, start_new_session=True)
+        silent.settimeout(60)
+        silent.accept()
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    assert list(cache.rglob("pip-*")) and not list(temporary.iterdir())
+    sweep(cache / "wheels")
+    assert not list(cache.rglob("pip-*"))
 
 
 def link_member(name: str) -> zipfile.ZipInfo:

@@ -92,13 +92,13 @@ def test_a_stage_whose_dvc_is_gone_before_it_looks_ends(monkeypatch: pytest.Monk
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
-def test_what_a_killed_flow_left_in_the_cache_goes(project: Path) -> None:
-    left = cache_root() / ".stage.abc.cola-tmp"
-    left.mkdir(parents=True)
+def test_what_a_killed_flow_left_goes_from_the_cache_and_from_its_workspace(project: Path) -> None:
     with scratch(cache_root(), "stage") as kept:
-        left.mkdir(parents=True, exist_ok=True)
+        stage, model = cache_root() / ".stage.abc.cola-tmp", runs(project) / "its/artifacts/fetch/.model.abc.cola-tmp"
+        for left in (stage, model):
+            left.mkdir(parents=True)
         mend(project)
-        assert kept.exists() and not left.exists()
+        assert kept.exists() and not stage.exists() and not model.exists()
 
 
 def test_nothing_is_mended_while_another_dvc_works(project: Path) -> None:

@@ -343,12 +343,15 @@ def test_damage_in_merged_weights_is_found_before_they_are_served(checkout: Path
         Predictor.load(tmp_path / "served")
 
 
-def test_sync_killed_anywhere_while_it_registers_again_makes_one_version(checkout: Path) -> None:
+def test_sync_killed_anywhere_while_it_registers_again_makes_one_version(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """From a store that has lost everything, each call gets a little further than the one before."""
     (checkout / "mlflow.db").unlink()
     shutil.rmtree(checkout / "mlartifacts", ignore_errors=True)
     command, patience, killed = [sys.executable, "-m", "tasks.sync"], 2.0, 0
-    mine = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    temporary = tmp_path_factory.mktemp("tmp")
+    mine = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(temporary)}
     subprocess.run(
         [sys.executable, "-c", "from tasks.sync import open_store as o\nwith o(): pass"], env=mine, check=True
     )
@@ -370,6 +373,7 @@ def test_sync_killed_anywhere_while_it_registers_again_makes_one_version(checkou
     assert sorted(run.data.tags["cola.stage"] for run in found) == ["evaluate", "register"]
     assert all(run.info.status == "FINISHED" and "cola.posted" in run.data.tags for run in found)
     assert list(checkout.rglob("serve.json")) and not list(checkout.rglob(".*.cola-tmp"))
+    assert not list(temporary.iterdir())
 
 
 def test_the_same_chain_in_another_form_is_the_next_version(checkout: Path) -> None:

