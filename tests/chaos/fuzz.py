@@ -117,7 +117,7 @@ def _work(pipe: Connection, name: str, indices: range, seed: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         for index in indices:
             pipe.send(judged(KINDS[name], made(KINDS[name], seed, index)))
 
