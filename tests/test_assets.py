@@ -137,9 +137,7 @@ def test_an_index_that_does_not_answer_may_be_tried_again(monkeypatch: pytest.Mo
     assert kept(cache) == []
 
 
-def test_what_a_killed_pip_leaves_goes_with_its_folder(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
-) -> None:
+def test_what_a_killed_pip_leaves_goes_with_its_folder(cache: Path, tmp_path: Path) -> None:
     """Killed while an index that takes connections says nothing."""
     (temporary := tmp_path / "tmp").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as silent:
