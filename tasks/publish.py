@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import cola_core
 from cola_core.data.templates import template
 from cola_core.errors import UserError
-from cola_core.files import scratch
 from cola_core.sealed import write_sealed
 from cola_core.secrets import mask
-from tasks.places import ARTIFACTS, home
+from tasks.places import ARTIFACTS
 from tasks.records import identity
 from tasks.release import FOLDER, Release, pack, read_release, registration
-from tasks.store import Store
+from tasks.store import Store, temporaries
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -133,7 +132,7 @@ def _upload(store: Store, release: Release, model_id: str) -> None:
 
     from tasks import served_model  # MLflow takes its path; the import makes it a dependency of the stage
 
-    with scratch(home(), "model") as folder:
+    with temporaries("model") as folder:
         chain, model = folder / "chain", folder / "model"
         pack(release, chain)
         pyfunc.save_model(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-__all__ = ["Store", "database_file", "locked", "open_store", "tracking_uri"]
+__all__ = ["Store", "database_file", "locked", "open_store", "temporaries", "tracking_uri"]
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -122,25 +122,27 @@ def open_store() -> Iterator[Store]:
     set_tracking_uri(uri)
     set_registry_uri(uri)
     try:
-        with _own_temporaries():
-            with locked("store"):  # two processes that both make the tables of a new database get in each other's way
-                _make_tables(uri)
-                store = Store(MlflowClient(uri, uri), uri)
-                store.client.search_experiments(max_results=1)
-            yield store
+        with locked("store"):  # two processes that both make the tables of a new database get in each other's way
+            _make_tables(uri)
+            store = Store(MlflowClient(uri, uri), uri)
+            store.client.search_experiments(max_results=1)
+        yield store
     except (MlflowException, SQLAlchemyError, OSError) as error:
         refused = getattr(error, "error_code", "") in REFUSED
         raise (UserError if refused else RetryError)(_line(uri, error)) from None
 
 
 @contextmanager
-def _own_temporaries() -> Iterator[None]:
-    """Let MLflow's temporary folders lie in one of ours, which is found and removed if this process is killed."""
+def temporaries(name: str) -> Iterator[Path]:
+    """A new folder, removed at the end, in which MLflow makes its temporary files too: a kill else leaves them in /tmp.
+
+    For one thread of a process at a time.
+    """
     before = tempfile.tempdir
-    with scratch(home(), "mlflow") as folder:
+    with scratch(home(), name) as folder:
         tempfile.tempdir = str(folder)
         try:
-            yield
+            yield folder
         finally:
             tempfile.tempdir = before
 

@@ -21,7 +21,7 @@ from cola_core.secrets import guard, mask, masked
 from tasks.pending import note_synced, orphans, state
 from tasks.places import home
 from tasks.publish import restore
-from tasks.store import Store, locked, open_store
+from tasks.store import Store, locked, open_store, temporaries
 
 __all__ = ["sync"]
 
@@ -46,7 +46,7 @@ def sync() -> int:
     records = _records()
     if not records:
         return 0
-    with locked("sync"), open_store() as store:
+    with locked("sync"), open_store() as store, temporaries("sync"):
         found = state()  # before the records are read again: what comes later is for the next call
         records = _records()
         runs = _runs(store, {record["experiment"] for record in records})

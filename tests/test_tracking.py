@@ -289,18 +289,18 @@ def test_a_live_run_whose_process_died_does_not_stay_running(checkout: Path) -> 
 
 
 def test_what_a_killed_mlflow_leaves_is_found_and_removed(checkout: Path, tmp_path: Path) -> None:
+    left("fetch")
     (temporary := tmp_path / "tmp").mkdir()
     program = (
-        "import os, tempfile; from tasks.store import open_store\n"
-        "with open_store(): tempfile.mkdtemp(); os.kill(os.getpid(), 9)"
+        "import os, tempfile; from tasks import sync\n"
+        "sync._post = lambda *_: (tempfile.mkdtemp(), os.kill(os.getpid(), 9))\n"
+        "sync.sync()"
     )
     mine = {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(temporary)}
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | mine, timeout=60)
     assert done.returncode == -9 and not list(temporary.iterdir())
     assert list(home().glob(".*.cola-tmp/tmp*")), "it lies where the next one looks"
-    with open_store():
-        assert len(list(home().glob(".*.cola-tmp"))) == 1
-    assert not list(home().glob(".*.cola-tmp"))
+    assert sync() == 1 and not list(home().glob(".*.cola-tmp"))
 
 
 def test_sync_leaves_a_living_run_alone(checkout: Path) -> None:
