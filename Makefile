@@ -70,12 +70,14 @@ setup: $(READY)
 
 # torch first and alone: the second command then finds it installed, whatever index it came from.
 # One short try of the index, since pip goes on without it where it cannot be reached.
-# --no-compile: Python compiles what it imports, pip would all 23,000 files for more than a minute.
+# pip would compile 23,000 files on one core; to compile none would cost every process seconds where
+# PYTHONDONTWRITEBYTECODE is set, as in many containers. Some packages hold templates that do not compile.
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-compile --no-deps --retries 1 --timeout 15 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
 	$(BIN)/python -m pip install --no-compile -r requirements.lock
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 clean:
