@@ -1,7 +1,7 @@
 # make run    environment, then the default recipe by `dvc repro`, then its scores
 # make test   environment, then the tests            make lint   style, types, layers, bandit
 # make audit  the lock against the databases of known vulnerabilities
-# make chaos  200 kills, 1,000 spoilt files of every kind and a guided search for worse ones: hours
+# make chaos  200 kills, 1,000 spoilt files of every kind and a guided search for worse ones: one to two hours
 # make bench  time and memory beside the peers, 15 to 25 minutes on 2 cores (QUICK=1: 5, no table; ONLY=curves: that part again)
 # Elsewhere:  make run PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cu130   (empty: PyPI's own build)
 
