@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from miniature import git, make, ran, variables
-from servers import end, free_port, prefect_server
+from servers import end, free_port, prefect_server, until
 from test_tracking import empty_database  # noqa: F401  a fixture
 
 from tasks.places import main_checkout
@@ -182,6 +182,8 @@ def test_a_folder_removed_while_a_link_waits_is_locked_anew(bare: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         second = _same_link(bare)
         assert _says(second) == WAITS
+        queued = f":{os.fstat(held.fileno()).st_ino} "
+        until(lambda: any("->" in line and queued in line for line in Path("/proc/locks").read_text().splitlines()), 30)
         shutil.rmtree(folder)
         third = _same_link(bare)
         assert _says(third) == "from 0"
