@@ -13,11 +13,13 @@ from tests.tiny import environment, hashes
 
 __all__ = ["Outcome", "outcome"]
 
+WRONG = ("RUNNING", "FAILED", "twice")
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """hashes: of every out in dvc.lock; left: temporaries; runs, versions: of MLflow, by state and name; due: stages
-    that would run again."""
+    """hashes: of every out in dvc.lock; left: temporaries; runs: of MLflow, by state, and how many records it has
+    `twice`; versions: of MLflow's model; due: stages that would run again."""
 
     hashes: dict[str, str]
     left: list[str]
@@ -29,7 +31,9 @@ class Outcome:
         """What is not as in an undisturbed run, in words."""
         found = [f"hash of {name} differs" for name, value in wanted.hashes.items() if self.hashes.get(name) != value]
         found += [f"left over: {name}" for name in self.left]
-        found += [f"{count} MLflow run(s) {state}" for state, count in self.runs.items() if state == "RUNNING"]
+        found += [f"{count} MLflow run(s) {state}" for state, count in self.runs.items() if state in WRONG and count]
+        if self.runs["FINISHED"] < wanted.runs["FINISHED"]:  # more where a kill cost DVC a stage that had ended
+            found.append(f"{self.runs['FINISHED']} MLflow runs of {wanted.runs['FINISHED']}")
         found += [f"{self.versions} model versions"] * (self.versions != 1)
         found += [f"would run again: {self.due}"] * bool(self.due)
         return found

@@ -102,15 +102,19 @@ def attack(write: Writer, place: Path) -> list[str]:
         os.chdir("/")
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
         wrong = [f"read-only: {line}" for line in _refusal(write, place, UserError, first)]
-    needed = sum(-(-size // PAGE) for size in first.values())
+    needed = sum(-(-len(content) // PAGE) for content in first.values())
     for pages in sorted({1, needed // 5 + 1, needed // 2, needed - 1} - {0}):
         with disk(place, pages * PAGE):
-            wrong += [f"{pages} of {needed} pages: {line}" for line in _refusal(write, place, RetryError)]
+            wrong += [f"{pages} of {needed} pages: {line}" for line in _refusal(write, place, RetryError, {})]
+        with disk(place, (needed + pages) * PAGE):
+            write(place)
+            again = _refusal(write, place, RetryError, _files(place))
+            wrong += [f"beside an old one, {pages} of {needed} pages: {line}" for line in again]
     return wrong
 
 
-def _refusal(write: Writer, place: Path, kind: type[Exception], before: Mapping[str, int] = {}) -> list[str]:
-    """What is wrong with how a writer was refused: not at all, not in one line, or something was left."""
+def _refusal(write: Writer, place: Path, kind: type[Exception], before: Mapping[str, bytes]) -> list[str]:
+    """What is wrong with how a writer was refused: not at all, not in one line, or the files are not as before."""
     wrong = []
     try:
         write(place)
@@ -119,15 +123,16 @@ def _refusal(write: Writer, place: Path, kind: type[Exception], before: Mapping[
         told = of_the_system(error)
         if not isinstance(told, kind) or "\n" in str(told):
             wrong.append(f"{type(error).__name__}: {error}")
-        if left := _files(place).keys() - before.keys():
-            wrong.append(f"left {sorted(left)}")
+        now = _files(place)
+        if other := [name for name in sorted({*now, *before}) if now.get(name) != before.get(name)]:
+            wrong.append(f"left, lost or changed {other}")
     finally:
         os.chdir("/")
     return wrong
 
 
-def _files(place: Path) -> dict[str, int]:
-    return {str(p.relative_to(place)): p.stat().st_size for p in place.rglob("*") if p.is_file()}
+def _files(place: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
 
 
 if __name__ == "__main__":

@@ -7,141 +7,28 @@ and nothing may be left over.
 
 from __future__ import annotations
 
-import os
 import random
-import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from safetensors import safe_open
 
 from cola_core.assets.cache import cache_root
-from cola_core.config.base import read_yaml
 from tests.chaos.checks import Outcome, outcome
+from tests.chaos.life import STAGES, Life
 from tests.chaos.projects import prepare, prepare_real
-from tests.chaos.triggers import Trigger, trigger
-from tests.tiny import environment, hashes
+from tests.tiny import hashes
 
-__all__ = ["Life", "main"]
-
-MAKE, FLOW = ["make", "run"], [sys.executable, "-m", "flows.cli", "run"]
-PATIENCE = 3600.0  # seconds after which a command that was not killed has hung
-TICK = re.compile(r"link@(\d): (\d+)/")
+__all__ = ["main"]
 
 
-@dataclass
-class Life:
-    """One clone, its kills so far, and what went wrong."""
-
-    folder: Path
-    cache: str
-    draw: random.Random
-    slow: float = 1.0
-    kills: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def live(self, most: int, flows: float = 0.2) -> None:
-        """Kill up to `most` times, then let it end; `flows` is the share of commands that are `cola run`."""
-        while len(self.kills) < most and not self.failures:
-            command = FLOW if self.draw.random() < flows else MAKE
-            if not self._start(command, trigger(self.draw, self.slow, self._steps())):
-                break
-        if not self.failures:
-            self._start(MAKE, None)
-
-    def _start(self, command: list[str], trigger: Trigger | None) -> bool:
-        """Run the command until it is killed (True) or ends by itself."""
-        before, log = self._kept_steps(), self.folder.parent / "log"
-        with log.open("w") as out:
-            child = subprocess.Popen(
-                command, cwd=self.folder, env=self._environment(), stdout=out, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-            killed = self._wait(child, trigger, log)
-        text = log.read_text(errors="replace")
-        self._check_steps(text, before)
-        if killed:
-            self.kills.append(f"{'cola run' if command is FLOW else 'make run'}, {trigger.name if trigger else ''}")
-        elif child.returncode:
-            self.failures.append(f"after {self.kills[-1:]}: exit code {child.returncode}\n{text[-3000:]}")
-        return killed
-
-    def _wait(self, child: subprocess.Popen[bytes], trigger: Trigger | None, log: Path) -> bool:
-        limit = time.monotonic() + (trigger.latest if trigger else PATIENCE)
-        while child.poll() is None:
-            if time.monotonic() > limit or (trigger and self._due(trigger, log)):
-                time.sleep(trigger.after if trigger else 0.0)
-                self._kill()
-                child.wait()
-                if trigger is None:
-                    self.failures.append(f"hung\n{log.read_text(errors='replace')[-3000:]}")
-                return True
-            time.sleep(0.005)
-        return False
-
-    def _due(self, trigger: Trigger, log: Path) -> bool:
-        if trigger.text:
-            return trigger.text in log.read_text(errors="replace")
-        return bool(trigger.files) and next(self.folder.glob(trigger.files), None) is not None
-
-    def _environment(self) -> dict[str, str]:
-        temporary = self.folder.parent / "tmp"
-        temporary.mkdir(exist_ok=True)
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        quiet = {"PREFECT_HOME": str(self.folder.parent / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-        mark = {"COLA_CHAOS": str(self.folder), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PATH": path}
-        return environment(self.cache) | quiet | mark
-
-    def _kill(self) -> None:
-        """SIGKILL to every process of this life, in whatever group it is."""
-        while found := list(self._processes()):
-            for number in found:
-                with suppress(ProcessLookupError):
-                    os.kill(number, signal.SIGKILL)
-            time.sleep(0.01)
-
-    def _processes(self) -> Iterator[int]:
-        mark = f"COLA_CHAOS={self.folder}\0".encode()
-        for entry in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if mark in (entry / "environ").read_bytes() and b"\nState:\tZ" not in (entry / "status").read_bytes():
-                    yield int(entry.name)
-
-    def _steps(self) -> int:
-        return int(read_yaml(self.folder / "params.yaml")["chain"]["1"]["link"]["steps"])
-
-    def _kept_steps(self) -> list[int]:
-        """The last step of every link that has a checkpoint and has not ended."""
-        import json
-
-        states = (self.folder / ".cola/resume").glob("*/state.safetensors")
-        kept = []
-        for path in (path for path in states if not (path.parent / "done").exists()):
-            with safe_open(path, framework="pt") as file:
-                kept.append(int(json.loads(file.metadata()["progress"])["step"]))
-        return kept
-
-    def _check_steps(self, text: str, kept: list[int]) -> None:
-        """The first step of a link that went on is the one after its checkpoint (or its pending validation)."""
-        first = TICK.search(text)
-        if first and kept and int(first[2]) - 1 not in [*kept, *(step - 1 for step in kept), 0]:
-            self.failures.append(f"link@{first[1]} went on with step {first[2]}, its checkpoint was of step {kept}")
-
-
-def undisturbed(folder: Path) -> Outcome:
+def _undisturbed(folder: Path) -> Outcome:
     """What a run that nobody disturbs comes to."""
     life = Life(prepare(folder / "project"), str(folder / "cache"), random.Random(0))
     life.live(0)
@@ -161,9 +48,9 @@ def main(
     """Kill until there were `kills`; exit code 1 if anything was lost or left."""
     if real:
         return _real(kills, random.Random(seed))
-    done, failed, started = 0, 0, time.monotonic()
+    done, failed, started, where = 0, 0, time.monotonic(), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="cola-chaos-") as name, ThreadPoolExecutor(jobs) as pool:
-        wanted = undisturbed(Path(name) / "undisturbed")
+        wanted = _undisturbed(Path(name) / "undisturbed")
         lives, numbers = set[Future[tuple[Life, list[str]]]](), count(1)
         while lives or done < kills:
             while len(lives) < jobs and done + each * len(lives) < kills:
@@ -174,7 +61,9 @@ def main(
                 lives.remove(ended)
                 life, wrong = ended.result()
                 done, failed = done + len(life.kills), failed + bool(wrong)
+                where.update(life.kills)
                 _tell(life, wrong, f"{done} in all, {time.monotonic() - started:.0f} s")
+    print(*(f"{count:4} {what}" for what, count in where.most_common()), sep="\n")
     print(f"{done} kills, {failed} lives with a failure, {(time.monotonic() - started) / 60:.1f} min")
     raise SystemExit(bool(failed))
 
@@ -202,7 +91,8 @@ def _real(kills: int, draw: random.Random) -> None:
         wanted, started = hashes(root), time.monotonic()
         life = Life(root, str(cache_root()), draw, slow=12.0)
         life.live(kills, flows=0.0)
-        wrong = life.failures or outcome(root, life.cache).differences(Outcome(wanted, [], Counter(), 1, ""))
+        undisturbed = Outcome(wanted, [], Counter(FINISHED=len(STAGES)), 1, "")
+        wrong = life.failures or outcome(root, life.cache).differences(undisturbed)
         minutes = (time.monotonic() - started) / 60
         print(*life.kills, *wrong, f"{len(life.kills)} kills of the real model, {minutes:.1f} min", sep="\n")
     raise SystemExit(bool(wrong))
