@@ -102,7 +102,8 @@ class Dvc:
         with suppress(OSError):
             process.stdin.close()  # type: ignore[union-attr]
         _end(process)
-        self._burial.join()
+        if self._burial.is_alive():  # not yet, where a stop came between the two starts
+            self._burial.join()
         process.stdout.close()  # type: ignore[union-attr]
 
     def _lines(self, order: str) -> Iterator[str]:

@@ -59,8 +59,9 @@ def _workspaces(folder: Path, limit: float, kept: int = 0) -> Iterator[Path]:
                 lock.truncate(0)  # killed in the next line, it is no workspace to go on in
                 lock.flush()
                 shutil.rmtree(path, ignore_errors=True)
-                note.unlink()
-                yield path
+                if not path.exists():  # what could not be removed is looked for by its note
+                    note.unlink()
+                    yield path
 
 
 def _age(path: Path) -> float:

@@ -6,10 +6,11 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from cola_core.config.base import read_yaml
+from cola_core.config.base import load_yaml, parse
+from cola_core.config.recipe import MachineConfig
 from flows.child import quiet
 from flows.slots import pool_size
-from flows.snapshot import checkout
+from flows.snapshot import checkout, git
 
 __all__ = ["serve"]
 
@@ -24,11 +25,13 @@ def serve(name: str, cron: str | None, every: float | None) -> None:
         every: seconds between two starts, instead of `cron`.
 
     Raises:
+        UserError: the last commit's params.yaml names no machine.
         RetryError: there is no server to begin with.
     """
     root = checkout()
     quiet()
-    threads = read_yaml(root / "params.yaml").get("machine", {}).get("threads", 1)
+    params = load_yaml(git(root, "show", "HEAD:params.yaml").decode())  # what its runs will take
+    threads = parse(MachineConfig, params.get("machine"), "machine").threads
     from prefect.types.entrypoint import EntrypointType
 
     from flows.pipeline import cola_pipeline

@@ -85,7 +85,7 @@ def adopt(root: Path, run: str, force: bool = False) -> list[Path]:
     if not place.is_dir():
         there = suggest(run, [p.name for p in runs(root).glob("*/")])
         raise UserError(f"{run}: no such workspace; if it was cleaned, the same `cola run` restores it{there}")
-    lock = try_lock(place.with_name(f"{run}.lock"))
+    lock = try_lock(place.with_name(f"{run}.lock"), DYING)
     if lock is None:
         raise RetryError(f"{run}: still running; adopt it when it has ended")
     with lock:

@@ -134,6 +134,18 @@ def test_without_a_server_nothing_starts(tmp_path: Path, kind: str) -> None:
     assert ran(root) == [] and not (root / ".cola/workspaces").exists()
 
 
+def test_a_schedule_of_no_machine_is_refused(tmp_path: Path) -> None:
+    """What its runs will take counts: the last commit, not the files as they stand."""
+    root = make(tmp_path)
+    params = root / "params.yaml"
+    good = params.read_text()
+    params.write_text(good.replace("\n  threads: ", "\n  threads: 0 #"))
+    git(root, "commit", "-aqm", "none")
+    params.write_text(good)
+    err = (serve := _cola(root, "serve", "--every", "5")).communicate(timeout=60)[1]
+    assert (serve.returncode, err.count("\n")) == (2, 1) and "params.yaml: machine.threads: " in err, err
+
+
 @pytest.fixture(scope="module")
 def tables(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for MLflow's server, with its tables made."""

@@ -26,7 +26,8 @@ __all__ = ["STAGES", "Life", "misplaced"]
 STAGES = ["fetch", "prepare", "head", "evaluate_base"]
 STAGES += [f"{name}@{link}" for link in (1, 2) for name in ("profile", "allocate", "link")]
 STAGES += ["merge", "evaluate", "register"]
-MAKE, FLOW = ["make", "run"], [sys.executable, "-m", "flows.cli", "run"]
+COLA = [sys.executable, "-m", "flows.cli"]
+MAKE, FLOW = ["make", "run"], [*COLA, "run"]
 PATIENCE = 3600.0  # seconds after which a command that was not killed has hung
 TICK = re.compile(r"link@(\d): (\d+)/")
 STAGE = re.compile(r"Running stage '(\w+)")
@@ -44,13 +45,20 @@ class Life:
     failures: list[str] = field(default_factory=list)
 
     def live(self, most: int, flows: float = 0.2) -> None:
-        """Kill up to `most` times, then let it end; `flows` is the share of commands that are `cola run`."""
+        """Kill up to `most` times, then let it end; `flows`: the share of `cola run`, twice that in the end."""
         while len(self.kills) < most and not self.failures:
             command = FLOW if self.draw.random() < flows else MAKE
             if not self._start(command, trigger(self.draw, self.slow, self._steps(), self._ahead())):
                 break
         if not self.failures:
-            self._start(MAKE, None)
+            self._end(by_flow=self.draw.random() < 2 * flows)
+
+    def _end(self, by_flow: bool) -> None:
+        """Let the command end; a flow's results are then brought to the checkout."""
+        self._start(FLOW if by_flow else MAKE, None)
+        if by_flow and not self.failures:
+            name = re.findall(r"cola adopt (\S+)", (self.folder.parent / "log").read_text())[-1]
+            self._start([*COLA, "adopt", name], None)
 
     def _start(self, command: list[str], trigger: Trigger | None) -> bool:
         """Run the command until it is killed (True) or ends by itself."""
