@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import subprocess
 import sys
@@ -18,8 +19,8 @@ WRONG = ("RUNNING", "FAILED", "twice")
 
 @dataclass(frozen=True)
 class Outcome:
-    """hashes: of every out in dvc.lock; left: temporaries; runs: of MLflow, by state, and how many records it has
-    `twice`; versions: of MLflow's model; due: stages that would run again."""
+    """hashes: of every out in dvc.lock, and of the files in it; left: temporaries; runs: of MLflow, by state, and how
+    many records it has `twice`; versions: of MLflow's model; due: stages that would run again."""
 
     hashes: dict[str, str]
     left: list[str]
@@ -53,4 +54,14 @@ def outcome(root: Path, cache: str) -> Outcome:
     command = [sys.executable, "-m", "dvc", "repro", "--dry"]
     dry = subprocess.run(command, cwd=root, env=environment(cache), capture_output=True, text=True, check=True).stdout
     due = ", ".join(line.split("'")[1] for line in dry.splitlines() if line.startswith("Running stage"))
-    return Outcome(hashes(root), [str(path) for path in left], states, int(versions), due)
+    return Outcome(hashes(root) | _files(root), [str(path) for path in left], states, int(versions), due)
+
+
+def _files(root: Path) -> dict[str, str]:
+    """Path -> hash of every file in an out that is a folder."""
+    found = {}
+    for name, value in hashes(root).items():
+        listing = root / ".dvc/cache/files/md5" / value[:2] / value[2:]
+        if value.endswith(".dir") and listing.exists():
+            found.update({f"{name}/{file['relpath']}": file["md5"] for file in json.loads(listing.read_text())})
+    return found

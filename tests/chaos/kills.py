@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import count
 from pathlib import Path
@@ -46,26 +47,37 @@ def main(
     real: Annotated[bool, typer.Option("--real", help="One life of the default recipe on the real model.")] = False,
 ) -> None:
     """Kill until there were `kills`; exit code 1 if anything was lost or left."""
+    folder, started = Path(tempfile.mkdtemp(prefix="cola-chaos-")), time.monotonic()
     if real:
-        return _real(kills, random.Random(seed))
-    done, failed, started, where = 0, 0, time.monotonic(), Counter[str]()
-    with tempfile.TemporaryDirectory(prefix="cola-chaos-") as name, ThreadPoolExecutor(jobs) as pool:
-        wanted = _undisturbed(Path(name) / "undisturbed")
-        lives, numbers = set[Future[tuple[Life, list[str]]]](), count(1)
+        ended = [_real(folder, kills, random.Random(seed))]
+    else:
+        ended = list(_lives(folder, kills, seed, each, flows, jobs))
+    failed = sum(bool(wrong) for _, wrong in ended)
+    where = Counter(kill for life, _ in ended for kill in life.kills)
+    print(*(f"{times:4} {what}" for what, times in where.most_common()), sep="\n")
+    minutes = (time.monotonic() - started) / 60
+    print(f"{where.total()} kills, {failed} lives with a failure, {minutes:.1f} min")
+    if failed:
+        raise SystemExit(f"kept: {folder}")
+    shutil.rmtree(folder)
+
+
+def _lives(folder: Path, kills: int, seed: int, each: int, flows: float, jobs: int) -> Iterator[tuple[Life, list[str]]]:
+    """So many kills on the tiny model; each life as it ends, with what was wrong with it."""
+    wanted = _undisturbed(folder / "undisturbed")
+    done, lives, numbers = 0, set[Future[tuple[Life, list[str]]]](), count(1)
+    with ThreadPoolExecutor(jobs) as pool:
         while lives or done < kills:
             while len(lives) < jobs and done + each * len(lives) < kills:
                 number = next(numbers)
-                place, draw = Path(name) / f"life{number}", random.Random(f"{seed}/{number}")
+                place, draw = folder / f"life{number}", random.Random(f"{seed}/{number}")
                 lives.add(pool.submit(_life, place, draw, each, flows, wanted))
             for ended in wait(lives, return_when=FIRST_COMPLETED).done:
                 lives.remove(ended)
                 life, wrong = ended.result()
-                done, failed = done + len(life.kills), failed + bool(wrong)
-                where.update(life.kills)
-                _tell(life, wrong, f"{done} in all, {time.monotonic() - started:.0f} s")
-    print(*(f"{count:4} {what}" for what, count in where.most_common()), sep="\n")
-    print(f"{done} kills, {failed} lives with a failure, {(time.monotonic() - started) / 60:.1f} min")
-    raise SystemExit(bool(failed))
+                done += len(life.kills)
+                _tell(life, wrong, f"{done} in all")
+                yield life, wrong
 
 
 def _life(place: Path, draw: random.Random, most: int, flows: float, wanted: Outcome) -> tuple[Life, list[str]]:
@@ -84,18 +96,14 @@ def _tell(life: Life, wrong: list[str], rest: str) -> None:
         print(f"  {line}", flush=True)
 
 
-def _real(kills: int, draw: random.Random) -> None:
+def _real(folder: Path, kills: int, draw: random.Random) -> tuple[Life, list[str]]:
     """The default recipe, killed `kills` times, against the hashes of the committed dvc.lock."""
-    with tempfile.TemporaryDirectory(prefix="cola-chaos-") as name:
-        root = prepare_real(Path(name))
-        wanted, started = hashes(root), time.monotonic()
-        life = Life(root, str(cache_root()), draw, slow=12.0)
-        life.live(kills, flows=0.0)
-        undisturbed = Outcome(wanted, [], Counter(FINISHED=len(STAGES)), 1, "")
-        wrong = life.failures or outcome(root, life.cache).differences(undisturbed)
-        minutes = (time.monotonic() - started) / 60
-        print(*life.kills, *wrong, f"{len(life.kills)} kills of the real model, {minutes:.1f} min", sep="\n")
-    raise SystemExit(bool(wrong))
+    life = Life(prepare_real(folder), str(cache_root()), draw, slow=12.0)
+    wanted = Outcome(hashes(life.folder), [], Counter(FINISHED=len(STAGES)), 1, "")
+    life.live(kills, flows=0.0)
+    wrong = life.failures or outcome(life.folder, life.cache).differences(wanted)
+    _tell(life, wrong, "of the real model")
+    return life, wrong
 
 
 if __name__ == "__main__":
