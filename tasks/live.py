@@ -21,6 +21,7 @@ from tasks.store import Store, open_store
 __all__ = ["Live"]
 
 PATIENCE = 30.0  # seconds that `close` waits for a slow store
+HURRY = 2.0  # and after a stop or a failure, which must not wait for it: `sync` ends the run too
 
 Point = tuple[int, int, dict[str, float]]  # step, milliseconds since 1970, values
 
@@ -62,7 +63,7 @@ class Live:
             return
         self._status = status
         self._points.put(None)
-        self._thread.join(PATIENCE)
+        self._thread.join(PATIENCE if status == "FINISHED" else HURRY)
         if self._thread.is_alive():
             self._tell("MLflow is slow; `cola sync` posts the rest")
         self._thread = None

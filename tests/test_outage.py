@@ -248,6 +248,23 @@ def test_a_broken_mlflow_stops_no_link(
     _one_whole_run()
 
 
+def test_a_stop_does_not_wait_for_a_silent_mlflow(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(KeyboardInterrupt), Live(_link()) as live:
+            live.step(1, {"loss": 1.0})
+            asked, thread = silent.accept()[0], live._thread
+            began = time.monotonic()
+            raise KeyboardInterrupt
+        assert time.monotonic() - began < 5.0
+        asked.close()
+    assert thread
+    thread.join(60)
+
+
 def _own_mounts() -> bool:
     if sys.platform != "linux" or shutil.which("unshare") is None:
         return False
