@@ -12,7 +12,7 @@ from threading import Thread
 from types import TracebackType
 from typing import IO, Any
 
-from cola_core.errors import RetryError, UserError
+from cola_core.errors import RetryError, UserError, system_told
 from cola_core.secrets import mask
 from tasks.context import Context
 from tasks.places import home
@@ -40,7 +40,6 @@ class Live:
         self._points: SimpleQueue[Point | None] = SimpleQueue()
         self._status = "FINISHED"
         self._thread: Thread | None = None
-        self._marker: IO[str] | None = None
 
     def __enter__(self) -> Live:
         return self
@@ -53,7 +52,6 @@ class Live:
         """Hand over the numbers of one step; returns at once."""
         self._points.put((step, int(time.time() * 1000), dict(values)))
         if self._thread is None and time.monotonic() >= self._begin:
-            self._marker = self._mark()
             self._thread = Thread(target=self._work, name="mlflow-live", daemon=True)
             self._thread.start()
 
@@ -80,15 +78,12 @@ class Live:
 
     def _work(self) -> None:
         try:
-            with open_store() as store:
+            with system_told(), self._mark(), open_store() as store:
                 self._log_all(store)
         except (UserError, RetryError) as error:
             self._tell(str(error))
         except Exception as error:  # training must outlive whatever a tracking store can think of
             self._tell(mask(f"MLflow: {error!r}"))
-        finally:
-            if self._marker is not None:
-                self._marker.close()
 
     def _log_all(self, store: Store) -> None:
         run_id = store.run(self._run, int(time.time() * 1000)).info.run_id

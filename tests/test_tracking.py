@@ -326,6 +326,18 @@ def test_live_trouble_is_one_line_and_training_goes_on(
     assert told.count("\n") == 1 and told.startswith("link@1: live log: ") and "hunter2" not in told
 
 
+def test_a_live_log_without_room_for_its_marker_stops_no_link(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home().mkdir()
+    (home() / "live").write_text("a file where the folder is to be")
+    with live_log.Live(Context(stage="link@1", key="1", raw=RAW)) as live:
+        for step in range(5):
+            live.step(step, {"loss": 1.0})
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("link@1: live log: ") and "File exists" in told
+
+
 def test_a_stage_without_steps_never_imports_mlflow(checkout: Path) -> None:
     program = (
         "import sys; from tasks.live import Live; from tasks.context import Context\n"
@@ -348,8 +360,8 @@ def test_a_short_stage_never_imports_mlflow_and_a_longer_one_loses_no_point(chec
 def test_the_marker_tells_sync_what_to_look_for(checkout: Path) -> None:
     live = live_log.Live(Context(stage="link@1", key="1", raw=RAW, record_id="r1"))
     live.step(1, {"loss": 1.0})
-    marker = json.loads((home() / "live" / "r1.json").read_text())
     live.close()
+    marker = json.loads((home() / "live" / "r1.json").read_text())
     assert marker == {"id": "r1", "stage": "link@1", "experiment": "cola-r8"}
 
 
