@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 import time
@@ -10,9 +9,10 @@ from collections.abc import Mapping
 from queue import Empty, SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from cola_core.errors import RetryError, UserError, system_told
+from cola_core.locks import alone
 from cola_core.secrets import mask
 from tasks.context import Context
 from tasks.places import home
@@ -66,20 +66,14 @@ class Live:
             self._tell("MLflow is slow; `cola sync` posts the rest")
         self._thread = None
 
-    def _mark(self) -> IO[str]:
-        """A locked file: while this process lives, `sync` leaves the run alone; later it sees that the process died."""
-        path = home() / "live" / f"{self._run['id']}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(self._run))
-        file.flush()
-        return file
-
     def _work(self) -> None:
+        """Log, in a locked file: while it is, `sync` leaves the run alone; later it sees that the process died."""
+        marker = home() / "live" / f"{self._run['id']}.json"
         try:
-            with system_told(), self._mark(), open_store() as store:
-                self._log_all(store)
+            with system_told(), alone(marker):
+                marker.write_text(json.dumps(self._run), encoding="utf-8")
+                with open_store() as store:
+                    self._log_all(store)
         except (UserError, RetryError) as error:
             self._tell(str(error))
         except Exception as error:  # training must outlive whatever a tracking store can think of

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
 from cola_core.errors import UserError
 from cola_core.files import new_file
+from cola_core.locks import try_lock
 from tasks.places import home
 from tasks.store import database_file, tracking_uri
 
@@ -20,7 +21,7 @@ __all__ = ["note_synced", "orphans", "state", "unposted_files", "unsynced"]
 def unsynced() -> bool:
     """Whether `sync` may find anything to do."""
     try:
-        return bool(orphans()) or _noted() != state()
+        return any(orphans()) or _noted() != state()
     except UserError:
         return True  # a bad address: sync says so
 
@@ -72,15 +73,10 @@ def _noted() -> str:
     return note.read_text(encoding="utf-8") if note.is_file() else ""
 
 
-def orphans() -> list[Path]:
-    """Markers of live runs whose process is gone: one that lives holds its marker's lock."""
-    return [path for path in sorted((home() / "live").glob("*.json")) if _free(path)]
-
-
-def _free(path: Path) -> bool:
-    try:
-        with path.open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, FileNotFoundError):  # it lives; another sync was quicker
-        return False
-    return True
+def orphans() -> Iterator[Path]:
+    """Markers of live runs whose process is gone, each locked while it is looked at: one that lives holds its lock."""
+    for path in sorted((home() / "live").glob("*.json")):
+        marker = try_lock(path)
+        if marker is not None:
+            with marker:
+                yield path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,16 +13,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
 from cola_core.errors import RetryError, UserError
+from cola_core.locks import try_lock
 from cola_core.sealed import write_sealed
 from tasks import live as live_log
 from tasks import sync as sync_module
 from tasks.context import Context, Done
-from tasks.pending import unsynced
+from tasks.pending import orphans, unsynced
 from tasks.places import home, main_checkout
 from tasks.progress import progress
 from tasks.records import record
@@ -313,6 +316,37 @@ def test_sync_leaves_a_living_run_alone(checkout: Path) -> None:
     assert runs()["alive"].info.status == "RUNNING"
     live.close("FAILED")
     assert runs()["alive"].info.status == "FAILED"
+
+
+def test_a_marker_removed_before_it_is_locked_is_made_again(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, removed = fcntl.flock, Event()
+
+    def late(file: Any, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        for path in orphans():  # as a sync that comes between the marker's making and its locking
+            path.unlink()
+        removed.set()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    live = live_log.Live(Context(stage="link@1", key="1", raw=RAW, record_id="alive"))
+    live.step(1, {"loss": 1.0})
+    assert removed.wait(10)
+    while "alive" not in runs():
+        time.sleep(0.05)
+    assert (home() / "live/alive.json").exists() and not list(orphans())
+    live.close()
+
+
+def test_sync_holds_the_marker_that_it_removes(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left("fetch")
+    marker = home() / "live/dead.json"
+    marker.parent.mkdir()
+    marker.touch()
+    held = []
+    monkeypatch.setattr(sync_module, "_close_orphan", lambda *_: held.append(try_lock(marker) is None))
+    sync()
+    assert held == [True] and not marker.exists()
 
 
 def test_live_trouble_is_one_line_and_training_goes_on(
