@@ -33,13 +33,13 @@ def unposted_files() -> list[Path]:
     with suppress(UserError):
         now = state().split("\n")
     late = [path for path in records if where[:2] != now[:2] or path.name not in where]
-    return [Path(file) for path in late for file in _artifacts(path)]
+    return [file for path in late for file in _artifacts(path)]
 
 
-def _artifacts(record: Path) -> list[str]:
+def _artifacts(record: Path) -> list[Path]:
     try:
-        return list(json.loads(record.read_text(encoding="utf-8"))["artifacts"])
-    except (OSError, ValueError, LookupError):
+        return [Path(file) for file in json.loads(record.read_text(encoding="utf-8"))["artifacts"]]
+    except (OSError, ValueError, LookupError, TypeError):
         return []  # sync names it
 
 

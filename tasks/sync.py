@@ -26,6 +26,8 @@ from tasks.store import Store, locked, open_store, temporaries
 __all__ = ["sync"]
 
 Record = dict[str, Any]
+NEEDED = {"id", "stage", "status", "experiment", "chain", "started", "seconds", "params", "recipe", "task", "seed"}
+NEEDED |= {"metrics", "series", "inputs", "outputs", "artifacts"}
 FOLDERS = {".png": "figures", ".svg": "figures"}
 FORBIDDEN = re.compile(r"[^\w\-. /:]")
 
@@ -67,9 +69,13 @@ def _read(path: Path) -> Record:
     """One record; those of version 0.1 had neither format nor checksum."""
     try:
         content = read_json(path)
-        return dict(content if isinstance(content, dict) and "format" not in content else read_sealed(path, "record"))
+        old = isinstance(content, dict) and not content.keys() & {"format", "checksum"}
+        found = dict(content) if old else read_sealed(path, "record")
+        if lost := NEEDED - found.keys():
+            raise UserError(f"{path}: a record without {', '.join(sorted(lost))}")
     except UserError as error:
         raise UserError(f"{error}; or delete the file, its stage ran all the same") from None
+    return found
 
 
 def _runs(store: Store, experiments: set[str]) -> dict[str, tuple[str, bool]]:
@@ -157,16 +163,20 @@ def _upload(store: Store, run_id: str, path: Path) -> None:
 def _close_orphans(store: Store, recorded: set[str]) -> None:
     """End live runs whose process died before it could leave a record."""
     for marker in orphans():
-        _close_orphan(store, marker.read_text(encoding="utf-8"), recorded)
+        _close_orphan(store, marker, recorded)
         marker.unlink(missing_ok=True)
 
 
-def _close_orphan(store: Store, marker: str, recorded: set[str]) -> None:
-    live = json.loads(marker or "{}")
-    if not live or live["id"] in recorded:
+def _close_orphan(store: Store, marker: Path, recorded: set[str]) -> None:
+    try:
+        live = json.loads(marker.read_text(encoding="utf-8"))
+        identity, experiment = live["id"], live["experiment"]
+    except (ValueError, LookupError, TypeError):  # cut off in the writing, before its run was made
         return
-    same = f"tags.`cola.record` = '{live['id']}'"
-    for run in store.client.search_runs([store.experiment(live["experiment"])], same):
+    if identity in recorded:
+        return
+    same = f"tags.`cola.record` = '{identity}'"
+    for run in store.client.search_runs([store.experiment(experiment)], same):
         if run.info.status != "FAILED":
             store.client.set_terminated(run.info.run_id, "KILLED")
 

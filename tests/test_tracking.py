@@ -24,7 +24,7 @@ from cola_core.sealed import write_sealed
 from tasks import live as live_log
 from tasks import sync as sync_module
 from tasks.context import Context, Done
-from tasks.pending import orphans, unsynced
+from tasks.pending import orphans, unposted_files, unsynced
 from tasks.places import home, main_checkout
 from tasks.progress import progress
 from tasks.records import record
@@ -247,6 +247,41 @@ def test_a_broken_record_names_its_file(checkout: Path) -> None:
     path.write_text(path.read_text()[:40])
     with pytest.raises(UserError, match=path.name):
         sync()
+
+
+DAMAGED = {
+    "{}": "a record without artifacts, chain",
+    "[]": "expected an object",
+    '{"artifacts": 5}': "a record without chain",
+    '{"artifacts": [5]}': "a record without chain",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_record_is_one_line_and_never_a_traceback(checkout: Path, text: str) -> None:
+    left("fetch")
+    path = next((home() / "records").iterdir())
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"{path.name}.*{DAMAGED[text]}.*or delete the file"):
+        sync()
+    assert unposted_files() == []
+
+
+@pytest.mark.parametrize(("key", "damaged"), [("format", "formau"), ("checksum", "checksun")])
+def test_a_damaged_record_is_never_taken_for_an_older_one(checkout: Path, key: str, damaged: str) -> None:
+    left("fetch")
+    path = next((home() / "records").iterdir())
+    path.write_text(path.read_text().replace(f'"{key}"', f'"{damaged}"'))
+    with pytest.raises(UserError, match=path.name):
+        sync()
+
+
+@pytest.mark.parametrize("text", ['{"id": "ab', "[]", "{}", "5"])
+def test_a_damaged_marker_is_removed(checkout: Path, text: str) -> None:
+    left("fetch")
+    (home() / "live").mkdir()
+    (home() / "live/r1.json").write_text(text)
+    assert (sync(), sync()) == (1, 0) and not list((home() / "live").iterdir())
 
 
 def test_no_secret_reaches_the_store(checkout: Path) -> None:
