@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +122,8 @@ def open_store() -> Iterator[Store]:
     set_tracking_uri(uri)
     set_registry_uri(uri)
     try:
-        with locked("store"):  # two processes that both make the tables of a new database get in each other's way
+        # two processes that both make the tables of a new database get in each other's way; a server makes its own
+        with nullcontext() if uri.startswith("http") else locked("store"):
             _make_tables(uri)
             store = Store(MlflowClient(uri, uri), uri)
             store.client.search_experiments(max_results=1)

@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from tasks.pending import orphans, unposted_files, unsynced
 from tasks.places import home, main_checkout
 from tasks.progress import progress
 from tasks.records import record
-from tasks.store import Store, open_store
+from tasks.store import Store, locked, open_store
 from tasks.sync import sync
 
 REPOSITORY = Path(__file__).parents[1]
@@ -221,6 +222,21 @@ def test_out_of_reach_is_one_line_and_keeps_the_records(checkout: Path, monkeypa
     assert len(list((home() / "records").iterdir())) == 1
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert sync() == 1
+
+
+def test_nobody_queues_for_a_server_that_is_away(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    def ask() -> None:
+        with suppress(RetryError), open_store():
+            pass
+
+    asking = Thread(target=ask)
+    with locked("store"):  # as another process that is asking
+        asking.start()
+        asking.join(20)
+        assert not asking.is_alive()
 
 
 def test_a_full_store_is_one_line_and_the_next_call_goes_on(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
