@@ -15,7 +15,7 @@ from cola_core.locks import try_lock
 from tasks.places import home
 from tasks.store import database_file, tracking_uri
 
-__all__ = ["note_synced", "orphans", "state", "unposted_files", "unsynced"]
+__all__ = ["new_store", "note_synced", "orphans", "state", "unposted_files", "unsynced"]
 
 
 def unsynced() -> bool:
@@ -47,6 +47,11 @@ def note_synced(before: str) -> None:
     """Keep `before`, what `state` said when a sync began that has ended well."""
     with new_file(home() / "synced") as temporary:
         temporary.write_text(before, encoding="utf-8")
+
+
+def new_store(now: str) -> bool:
+    """Whether `now`, from `state`, tells of another store than the last sync that ended well has seen."""
+    return _noted().split("\n")[:2] != now.split("\n")[:2]
 
 
 def state() -> str:

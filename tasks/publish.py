@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import chdir
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from cola_core.data.templates import template
 from cola_core.errors import UserError
 from cola_core.sealed import write_sealed
 from cola_core.secrets import mask
-from tasks.places import ARTIFACTS
+from tasks.places import ARTIFACTS, home, main_checkout
 from tasks.records import identity
 from tasks.release import FOLDER, Release, pack, read_release, registration
 from tasks.store import Store, temporaries
@@ -54,22 +55,37 @@ def publish(store: Store, release: Release, card: str) -> str:
     return number
 
 
-def restore(store: Store) -> None:
-    """Register again what registration.json of this checkout tells of, if the store has lost it or has it in part."""
+def restore(store: Store, new: bool) -> None:
+    """Register again what registration.json of this checkout tells of, if the store has lost it or has it in part.
+
+    Args:
+        new: the store is another than before, so the versions of all workspaces come back too, in their old order;
+            one that is missing in the same store was deleted by its user.
+    """
+    others = [main_checkout(), *(home() / "workspaces").glob("*/")] if new else []
+    for place in sorted({Path.cwd(), *others}, key=_registered):
+        _restore(store, place)
+
+
+def _registered(place: Path) -> float:
+    """Seconds since 1970; 0 for a checkout without a registration."""
+    note = place / FOLDER / "registration.json"
+    return note.stat().st_mtime if note.is_file() else 0.0
+
+
+def _restore(store: Store, place: Path) -> None:
     try:
-        found = read_release()
-        if found is None:
+        found = read_release(place)
+        if found is None or _is_whole(store, found[0]):
             return
         release, content = found
-        if _is_whole(store, release):
-            return
-        number = publish(store, release, (FOLDER / "README.md").read_text(encoding="utf-8"))
+        with chdir(place):  # an artifact's path is the same in every checkout
+            number = publish(store, release, (FOLDER / "README.md").read_text(encoding="utf-8"))
+            again = registration(release, number, ALIAS, mask(store.uri))
+            if any(content.get(key) != value for key, value in again.items()):
+                write_sealed(FOLDER / "registration.json", "registration", again)
     except (FileNotFoundError, UserError) as error:
         print(f"sync: the model is not registered again: {error}", file=sys.stderr, flush=True)
-        return
-    again = registration(release, number, ALIAS, mask(store.uri))
-    if any(content.get(key) != value for key, value in again.items()):
-        write_sealed(FOLDER / "registration.json", "registration", again)
 
 
 def _is_whole(store: Store, release: Release) -> bool:

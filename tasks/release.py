@@ -130,9 +130,9 @@ def pack(release: Release, folder: Path) -> None:
         shutil.copytree(link_dir(key), folder / "links" / key / "adapter")
 
 
-def read_release() -> tuple[Release, dict[str, Any]] | None:
-    """The release that registration.json of this checkout tells of, and the whole file; None if there is none."""
-    path = FOLDER / "registration.json"
+def read_release(place: Path = Path()) -> tuple[Release, dict[str, Any]] | None:
+    """The release that registration.json of a checkout tells of, and the whole file; None if there is none."""
+    path = place / FOLDER / "registration.json"
     if not path.is_file():
         return None
     content = read_sealed(path, "registration")

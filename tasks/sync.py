@@ -18,7 +18,7 @@ from cola_core.errors import RetryError, UserError, system_told
 from cola_core.files import read_json
 from cola_core.sealed import read_sealed
 from cola_core.secrets import guard, mask, masked
-from tasks.pending import note_synced, orphans, state
+from tasks.pending import new_store, note_synced, orphans, state
 from tasks.places import home
 from tasks.publish import restore
 from tasks.store import Store, locked, open_store, temporaries
@@ -54,7 +54,7 @@ def sync() -> int:
         runs = _runs(store, {record["experiment"] for record in records})
         posted = _post_all(store, records, runs)
         _close_orphans(store, {record["id"] for record in records})
-        restore(store)
+        restore(store, new_store(found))
         note_synced(found)
     return posted
 

@@ -255,12 +255,16 @@ def test_the_same_chain_never_makes_a_second_version(checkout: Path) -> None:
     assert len(versions()) == 1
 
 
-def test_another_chain_makes_the_next_version_and_takes_the_alias(checkout: Path) -> None:
+def register_a_shorter_chain(checkout: Path) -> None:
     shutil.rmtree(link_dir("2"))
     context = context_of(checkout)
     context.raw |= {"final": "1", "chain": {"1": context.raw["chain"]["1"]}}
     merge.main(context)
     register.main(context)
+
+
+def test_another_chain_makes_the_next_version_and_takes_the_alias(checkout: Path) -> None:
+    register_a_shorter_chain(checkout)
     assert len(versions()) == 2
     with open_store() as store:
         assert int(store.client.get_model_version_by_alias("cola-moods", "challenger").version) == 2
@@ -299,6 +303,24 @@ def test_sync_makes_a_version_again_that_was_lost_with_its_store(checkout: Path)
     assert len(versions()) == 1
     (served,) = [path.parent for path in (checkout / "mlartifacts").rglob("serve.json")]
     assert Predictor.load(served).predict([{"text": text} for text in TEXTS]) == expected(checkout)
+
+
+def test_a_lost_store_gets_the_versions_of_workspaces_too(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(checkout / ARTIFACTS, checkout / ".cola/workspaces/run" / ARTIFACTS)
+    register_a_shorter_chain(checkout)
+    before = {version.version: version.tags["cola.chain"] for version in versions()}
+    (checkout / "mlflow.db").unlink()
+    shutil.rmtree(checkout / "mlartifacts")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")  # is the checkout's, whatever is read for it
+    sync()
+    assert {version.version: version.tags["cola.chain"] for version in versions()} == before and len(before) == 2
+    assert len(list((checkout / "mlartifacts").rglob("MLmodel"))) == 2
+    assert [path.parent for path in checkout.rglob("mlflow.db")] == [checkout]
+    with open_store() as store:
+        assert int(store.client.get_model_version_by_alias("cola-moods", "challenger").version) == 2
+        store.client.delete_model_version("cola-moods", "1")
+    sync()
+    assert len(versions()) == 1, "what a user deleted stays deleted"
 
 
 def test_a_version_that_lost_its_files_alone_gets_them_back(checkout: Path) -> None:
