@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cola_core.adapters import Pair, add_pair
 from cola_core.errors import UserError
 from cola_core.files import new_dir
 from cola_core.lineage import Link
-from cola_core.models import head_parameters
+from cola_core.models import adaptable, head_parameters, weight_shape
 from cola_core.root import seal
 from cola_core.tensors import load_tensors
 
@@ -52,14 +52,18 @@ def tie(model: PreTrainedModel, chain: Sequence[Link]) -> Iterator[tuple[int, di
         after each link: its number and the relative merge error of every module; nothing merged, no error.
 
     Raises:
-        UserError: a weight is not finite after a merge.
+        UserError: an adapter or a head is not of this model, or a weight is not finite after a merge.
     """
+    modules = adaptable(model)
+    shapes = {name: weight_shape(module) for name, module in modules.items()}
     for link in chain[1:]:
         pairs = _pairs(link)
-        yield link.number, {name: _add(model.get_submodule(name), name, pair, link) for name, pair in pairs.items()}
-    head = head_parameters(model)
+        _check_shapes(link, {name: (p.b.shape[0], p.a.shape[1]) for name, p in pairs.items()}, shapes)
+        yield link.number, {name: _add(modules[name], name, pair, link) for name, pair in pairs.items()}
+    head, told = head_parameters(model), head_of(chain)
+    _check_shapes(chain[-1], {n: tuple(t.shape) for n, t in told.items()}, {n: tuple(p.shape) for n, p in head.items()})
     with torch.no_grad():
-        for name, tensor in head_of(chain).items():
+        for name, tensor in told.items():
             head[name].copy_(tensor)
 
 
@@ -74,6 +78,14 @@ def pairs_by_module(chain: Sequence[Link]) -> dict[str, list[Pair]]:
 
 def _pairs(link: Link) -> dict[str, Pair]:
     return link.adapter().pairs if link.kept else {}
+
+
+def _check_shapes(link: Link, told: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse what a stranger's files may name: a module or a shape that the base does not have."""
+    for name, shape in told.items():
+        if known.get(name) != shape:
+            fits = f"the base's is {list(known[name])}" if name in known else "the base has none of that name"
+            raise UserError(f"{link.folder}: {name}: {list(shape)} does not fit: {fits}; it is of another base")
 
 
 def _add(module: nn.Module, name: str, pair: Pair, link: Link) -> float:

@@ -8,16 +8,86 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
+from cola_core.config.base import Strict, parse
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
-from cola_core.sealed import damaged, inside, read_sealed
+from cola_core.sealed import check_hashes, read_sealed
 
 if TYPE_CHECKING:
     from cola_core.adapter_files import Adapter
 
-__all__ = ["Link", "check_manifest", "read_chain"]
+__all__ = ["Link", "check_manifest", "read_chain", "read_manifest"]
+
+ADAPTER, HEAD = ("adapter_config.json", "adapter_model.safetensors"), "head.safetensors"
+
+
+class Base(Strict, extra="ignore"):
+    """The base that a chain stands on."""
+
+    asset: str
+    hash: str
+    kind: Literal["causal", "seq2seq", "encoder"]
+
+
+class Root(Strict, extra="ignore"):
+    """What is read of a root's link.json."""
+
+    link: Literal[0]
+    base: Base
+    labels: int
+    files: dict[str, str]
+
+
+class Parent(Strict, extra="ignore"):
+    """The link that another one was trained on."""
+
+    hash: str
+
+
+class Steps(Strict, extra="ignore"):
+    """What later links need of the section `link`: a global learning rate goes on from there."""
+
+    steps: int
+
+
+class Trained(Strict, extra="ignore"):
+    """What is read of every other link.json, and copied to chain.json; the knot is read by `verify` alone."""
+
+    link: int = Field(ge=1)
+    parent: Parent
+    seed: int
+    link_section: Steps
+    kept: bool
+    steps: int
+    kept_step: int
+    tokens: int
+    probe_tokens: int
+    trainable_parameters: int
+    validation_before: float | None
+    validation_loss: float
+    files: dict[str, str]
+
+
+class Entry(Strict, extra="ignore"):
+    """One link in chain.json."""
+
+    link: int = Field(ge=1)
+    hash: str
+    kept: bool
+    ranks: dict[str, int]
+
+
+class Manifest(Strict, extra="ignore"):
+    """What is read of chain.json."""
+
+    base: Base
+    root: str
+    hash: str
+    links: list[Entry] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -71,15 +141,29 @@ def check_manifest(path: Path, chain: Sequence[Link]) -> None:
     Raises:
         UserError: damaged, or of another chain.
     """
-    told = read_sealed(path, "chain")
+    told = read_manifest(path)
     if [told["root"], *(link["hash"] for link in told["links"])] != [link.hash for link in chain]:
         raise UserError(f"{path}: tells of another chain than the links beside it; run `dvc repro merge`")
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """chain.json, of which anybody may have written the contents.
+
+    Raises:
+        UserError: damaged, or without what every reader of it needs.
+    """
+    told = read_sealed(path, "chain")
+    parse(Manifest, told, "", file=str(path))
+    return told
+
+
 def _read_link(folder: Path) -> Link:
-    record = read_sealed(folder / "link.json", "link")
-    for name, expected in record["files"].items():
-        path = inside(folder, name)
-        if not path.is_file() or tree_hash(path) != expected:
-            raise damaged(path)
-    return Link(folder, record, tree_hash(folder / "link.json"))
+    """A link whose record names every file that is read of it: else its hash would not commit to them."""
+    path = folder / "link.json"
+    record = read_sealed(path, "link")
+    parse(Trained if record.get("link") else Root, record, "", file=str(path))
+    check_hashes(folder, record["files"], tree_hash)
+    read = ADAPTER if record["link"] else [HEAD] if (folder / HEAD).exists() else []
+    if unnamed := [name for name in read if name not in record["files"]]:
+        raise UserError(f"{path}: files: does not name {unnamed[0]}; train the link again with `dvc repro`")
+    return Link(folder, record, tree_hash(path))

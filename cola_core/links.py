@@ -29,6 +29,7 @@ from cola_core.errors import UserError
 from cola_core.health import Course
 from cola_core.lineage import Link
 from cola_core.models import adaptable, head_parameters, load_base, place, weight_shape
+from cola_core.ranks import check_ranks
 from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
 from cola_core.train import Training, mean_loss
@@ -73,14 +74,15 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
         the adapter, the content of link.json, and the losses.
 
     Raises:
-        UserError: training stopped being finite, or tying the knot would change the model.
+        UserError: the ranks are not of this base, training stopped being finite, or tying the knot would change the
+            model.
     """
     objective = open_chain(job.base, job.chain, job.task, job.machine, job.config.base_dropout)  # W^(i-1), frozen
     model, number = objective.model, len(job.chain)
+    pairs = initial_pairs(model, job, number)  # a fresh pair on the residual
     without = mean_loss(objective, job.validation, job.config) if job.config.keep_link == "if_better" else None
     if job.config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    pairs = initial_pairs(model, job, number)  # a fresh pair on the residual
     layers = attach(model, pairs, job.config.dropout, bias=job.config.bias == "lora")
     offset = sum(link.record["link_section"]["steps"] for link in job.chain[1:])
     course = Course(job.config, job.schedule, job.seed, number, offset, job.checkpoint)
@@ -113,13 +115,13 @@ def initial_pairs(model: PreTrainedModel, job: LinkJob, number: int) -> dict[str
     parametrisation = PARAMETRISATIONS[job.config.parametrisation]
     initialise = INITIALISERS[job.config.initialiser]
     modules, dtype = adaptable(model), BASES[job.machine.dtype].adapter
+    shapes = {name: weight_shape(module) for name, module in modules.items()}
     pairs = {}
-    for name, rank in job.ranks.items():
+    for name, rank in check_ranks(job.ranks, shapes).items():
         if rank == 0:
             continue
         scale = parametrisation.scale(job.config.alpha, rank)
-        shape = weight_shape(modules[name])
-        start = Start(shape, rank, scale, job.config.gamma, job.sketches.get(name), job.seed, number, name)
+        start = Start(shapes[name], rank, scale, job.config.gamma, job.sketches.get(name), job.seed, number, name)
         a, b = initialise(start)
         pairs[name] = Pair(a.to(dtype), b.to(dtype), scale)
     return pairs

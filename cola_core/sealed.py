@@ -7,7 +7,7 @@ what a chain commits to is sha256 (`files.tree_hash`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,12 +16,13 @@ import xxhash
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json
 
-__all__ = ["check_files", "checksum", "read_sealed", "seal_folder", "write_sealed"]
+__all__ = ["check_files", "check_hashes", "checksum", "damaged", "inside", "read_sealed", "seal_folder", "write_sealed"]
 
 # What reads and writes each kind now. 1 was written before formats had numbers (version 0.1).
 FORMATS = {"base": 2, "chain": 2, "files": 2, "link": 2, "profile": 2, "ranks": 2}
 FORMATS |= {"record": 2, "registration": 2, "serve": 2, "task": 2}
 BLOCK = 1 << 22
+LONGEST = 255  # bytes of a file's name
 
 
 def write_sealed(path: Path, kind: str, content: Mapping[str, Any]) -> None:
@@ -63,9 +64,21 @@ def check_files(folder: Path, files: Mapping[str, str] | None = None) -> None:
     Raises:
         UserError: the first that is missing or changed, or a name that leads out of the folder.
     """
-    for name, expected in (read_sealed(folder / "files.json", "files")["files"] if files is None else files).items():
+    told = read_sealed(folder / "files.json", "files").get("files") if files is None else files
+    check_hashes(folder, told, checksum)
+
+
+def check_hashes(folder: Path, files: Any, digest: Callable[[Path], str]) -> None:
+    """Compare files below `folder` with what a stranger may have written of them: name -> digest.
+
+    Raises:
+        UserError: no such list, the first file that is missing or changed, or a name that leads out of the folder.
+    """
+    if not isinstance(files, dict):
+        raise UserError(f"{folder}: its list of files is no object (got {type(files).__name__}); `dvc checkout` it")
+    for name, expected in files.items():
         path = inside(folder, name)
-        if not path.is_file() or checksum(path) != expected:
+        if not path.is_file() or digest(path) != expected:
             raise damaged(path)
 
 
@@ -73,9 +86,11 @@ def inside(folder: Path, name: str) -> Path:
     """`folder / name`, for a name that a stranger may have written.
 
     Raises:
-        UserError: it leads out of the folder.
+        UserError: it leads out of the folder, or is longer than any file system takes.
     """
     parts = PurePosixPath(name).parts
+    if len(name.encode(errors="replace")) > LONGEST:
+        raise UserError(f"{folder}: names a file {name[:50]!r}[...] of {len(name)} characters; refused")
     if not parts or ".." in parts or parts[0] == "/" or "\\" in name or "\0" in name:
         raise UserError(f"{folder}: names a file outside itself ({name!r}); refused")
     return folder / name

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import Field
 
 from cola_core.axes.bases import BASES
+from cola_core.config.base import Strict, parse
 from cola_core.config.recipe import MachineConfig
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
@@ -16,10 +18,17 @@ from cola_core.lineage import read_chain
 from cola_core.links import open_chain, sample_scores
 from cola_core.root import base_manifest
 from cola_core.rows import Task
-from cola_core.sealed import damaged, inside
+from cola_core.sealed import check_hashes
 from cola_core.split_files import read_rows
 
 __all__ = ["Verdict", "verify_chain"]
+
+
+class Knot(Strict, extra="ignore"):
+    """What is read of a link's knot: sample rows by id and their scores, which anybody may have written."""
+
+    rows: list[str] = Field(min_length=1)
+    scores: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,16 @@ def verify_chain(last: Path, base: Path, prepared: Path, machine: MachineConfig)
     task = Task.read(prepared / "task.json")
     rows = {row.id: row for row in read_rows(prepared / "validation.arrow")}
     for link in chain[1:]:
-        knot = link.record["knot"]
-        if any(name not in rows for name in knot["rows"]):
+        knot = parse(Knot, link.record.get("knot"), "knot", file=str(link.folder / "link.json"))
+        if any(name not in rows for name in knot.rows):
             raise UserError(f"{prepared / 'validation.arrow'}: not the rows that link {link.number} was tied with")
         objective = open_chain(base, chain[: link.number + 1], task, machine)
-        found = sample_scores(objective, [rows[name] for name in knot["rows"]])
-        recorded = torch.tensor(knot["scores"], dtype=torch.float64)
+        found = sample_scores(objective, [rows[name] for name in knot.rows])
+        if [len(scores) for scores in knot.scores] != [found.shape[1]] * len(found):
+            raise UserError(
+                f"{link.folder / 'link.json'}: knot: its scores are not those of its rows; `dvc checkout` it"
+            )
+        recorded = torch.tensor(knot.scores, dtype=torch.float64)
         change = float((found - recorded).abs().max())
         if not change <= BASES[machine.dtype].tolerance * max(1.0, float(recorded.abs().max())):
             raise UserError(
@@ -66,7 +79,4 @@ def _check_base(base: Path, expected: str) -> None:
         raise UserError(
             f"{base}: is another base ({found[:12]}) than the chain's ({expected[:12]}); run `dvc checkout`"
         )
-    for name, digest in base_manifest(base)["files"].items():
-        path = inside(base, name)
-        if not path.is_file() or tree_hash(path) != digest:
-            raise damaged(path)
+    check_hashes(base, base_manifest(base).get("files"), tree_hash)

@@ -83,7 +83,7 @@ def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]
         context.section(ScheduleConfig, "schedule"),
         config,
         context.value("seed"),
-        read_sealed(inputs["ranks"], "ranks")["ranks"],
+        read_sealed(inputs["ranks"], "ranks").get("ranks", {}),
         _sketches(inputs["profile"]) if config.initialiser == "gora" else {},
         read_rows(inputs["train"]),
         read_rows(inputs["validation"]),

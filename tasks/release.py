@@ -18,7 +18,7 @@ from cola_core.config.task import FetchConfig, PrepareConfig
 from cola_core.errors import UserError
 from cola_core.evaluation.card import Facts, render_card
 from cola_core.files import read_json
-from cola_core.lineage import check_manifest, read_chain
+from cola_core.lineage import check_manifest, read_chain, read_manifest
 from cola_core.root import base_manifest
 from cola_core.sealed import check_files, checksum, read_sealed, write_sealed
 from tasks.context import Context
@@ -147,7 +147,7 @@ def registration(release: Release, version: str, alias: str, store: str) -> dict
 
 def read_chain_json() -> dict[str, Any]:
     """chain.json of the artifacts."""
-    return read_sealed(ARTIFACTS / "merge/chain.json", "chain")
+    return read_manifest(ARTIFACTS / "merge/chain.json")
 
 
 def _check_unchanged(context: Context, links: list[str]) -> None:

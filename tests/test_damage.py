@@ -17,8 +17,9 @@ from torch.nn import Parameter
 
 from cola_core.checkpoints import Progress, load_checkpoint, save_checkpoint
 from cola_core.errors import RetryError, UserError
+from cola_core.export import chain_manifest
 from cola_core.files import SUFFIX, new_dir, new_file, read_json, scratch, sweep, write_json
-from cola_core.lineage import read_chain
+from cola_core.lineage import check_manifest, read_chain
 from cola_core.models import load_base
 from cola_core.rows import Task
 from cola_core.sealed import FORMATS, check_files, inside, read_sealed, seal_folder, write_sealed
@@ -135,6 +136,54 @@ def test_a_stranger_cannot_name_a_file_outside_the_folder(name: str, tmp_path: P
     write_sealed(chain[1].folder / "link.json", "link", {**record, "files": {name: "0"}})
     with pytest.raises(UserError, match="outside itself"):
         read_chain(chain[1].folder)
+
+
+FORGED: dict[str, Any] = {
+    "files": None, "files.list": [], "files.none": {}, "files.half": {"adapter_config.json": "0"}, "link": "1",
+    "link.minus": -1, "parent": None, "parent.hash": {"link": 0}, "base": {}, "base.kind": {"kind": "x"}, "kept": "no",
+    "link_section": {}, "steps": 1.5, "seed": None,
+    "labels": "2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_link_behind_a_valid_seal_is_one_line(case: str, tmp_path: Path) -> None:
+    chain, key = chain_of("llama", tmp_path, 1, FP32), case.split(".")[0]
+    link = chain[0 if key in ("base", "labels") else 1]
+    for record in ({**link.record, key: FORGED[case]}, {k: v for k, v in link.record.items() if k != key}):
+        write_sealed(link.folder / "link.json", "link", record)
+        with pytest.raises(UserError, match=r"(link|adapter_config)\.json: "):
+            read_chain(link.folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_chain_commits_to_every_file_that_is_read_of_it(family: str, tmp_path: Path) -> None:
+    chain = chain_of(family, tmp_path, 1, FP32)
+    files = [chain[1].folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    for path in [*files, *chain[0].folder.glob("head.safetensors")]:
+        record = read_json(path.parent / "link.json")
+        left = {name: digest for name, digest in record["files"].items() if name != path.name}
+        write_sealed(path.parent / "link.json", "link", {**record, "files": left})
+        with pytest.raises(UserError, match=f"files: does not name {path.name}"):
+            read_chain(path.parent)
+        write_sealed(path.parent / "link.json", "link", record)
+    assert read_chain(chain[1].folder)[1].hash == chain[1].hash
+
+
+@pytest.mark.parametrize("files", [None, [], "x", {"é" * 200: "0"}])
+def test_a_forged_list_of_files_is_one_line(files: Any, tmp_path: Path) -> None:
+    write_sealed(tmp_path / "files.json", "files", {"files": files})
+    with pytest.raises(UserError, match=r"its list of files is no object|of 200 characters; refused"):
+        check_files(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"links": []}, {"links": None}, {"root": 1}, {"links": [{"link": "../../x"}]}])
+def test_a_forged_manifest_is_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    chain = chain_of("llama", tmp_path, 1, FP32)
+    told = {**chain_manifest(chain, {1: {}}), **change}
+    write_sealed(tmp_path / "chain.json", "chain", told)
+    with pytest.raises(UserError, match=r"chain\.json: (links|root)"):
+        check_manifest(tmp_path / "chain.json", chain)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_link_starts_anew(

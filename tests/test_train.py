@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,46 @@ def test_verify_finds_a_link_that_no_longer_gives_its_scores(tmp_path: Path) -> 
     write_link(chain[1].folder, adapter, record, {})  # hashes are right again: only the scores can tell
     with pytest.raises(UserError, match=r"links 1\.\.1 move a score"):
         list(verify_chain(chain[1].folder, base_of("llama"), rows, FP32))
+
+
+@pytest.mark.parametrize("rank", ["8", -3, 1.0, True, None, 10**12, 33])
+def test_a_rank_that_cannot_be_is_one_line(rank: Any, tmp_path: Path) -> None:
+    job = job_of("llama", root_of("llama", tmp_path))
+    name = next(iter(job.ranks))
+    with pytest.raises(UserError, match=rf"ranks\.json: ranks: {name}: .* is no rank; allowed: 0 to"):
+        run_link(job_of("llama", job.chain, ranks={**job.ranks, name: rank}))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told"), [({"lm_head": 4}, "no module 'lm_head'"), ({}, "no module to train"), ([4], "no module to")]
+)
+def test_ranks_of_no_module_are_one_line(ranks: Any, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=told):
+        run_link(job_of("llama", root_of("llama", tmp_path), ranks=ranks))
+
+
+@pytest.mark.parametrize(
+    "knot", [None, {"rows": [], "scores": []}, {"rows": ["train:1"], "scores": [[1.0], [2.0, 3.0]]}]
+)
+def test_verify_refuses_a_forged_knot_in_one_line(knot: Any, tmp_path: Path) -> None:
+    chain = chain_of("llama", tmp_path, 1, FP32)
+    write_sealed(chain[1].folder / "link.json", "link", {**chain[1].record, "knot": knot})
+    with pytest.raises(UserError, match=r"link\.json: knot"):
+        list(verify_chain(chain[1].folder, base_of("llama"), prepared(tmp_path / "prepare", "llama"), FP32))
+
+
+def test_a_link_of_another_base_is_one_line(tmp_path: Path) -> None:
+    chain = chain_of("bert", tmp_path, 1, FP32)
+    adapter, record = chain[1].adapter(), {k: v for k, v in chain[1].record.items() if k != "files"}
+    name, pair = next(iter(adapter.pairs.items()))
+    narrow = {**adapter.pairs, name: replace(pair, a=pair.a[:, 1:])}
+    strange = {**adapter.pairs, "bert.pooler.dense": replace(pair, a=pair.a.clone(), b=pair.b.clone())}
+    head = {**adapter.head, "classifier.bias": torch.zeros(7)}
+    for pairs, last in ((narrow, adapter.head), (strange, adapter.head), (adapter.pairs, head)):
+        alpha = dict.fromkeys(pairs, 16.0)
+        write_link(chain[1].folder, replace(adapter, pairs=pairs, alpha=alpha, head=last), record, {})
+        with pytest.raises(UserError, match=r"does not fit: the base"):
+            model_of("bert", read_chain(chain[1].folder), FP32)
 
 
 def test_rank_zero_leaves_a_module_alone(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ def parse(
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{file}: {_line(model, error, where, others or {})}") from None
+        advice = "; conf/ has its default" if file == "params.yaml" else ""
+        raise UserError(f"{file}: {_line(model, error, where, others or {}, advice)}") from None
 
 
 def load_yaml(text: str, where: str = "params.yaml") -> dict[str, Any]:
@@ -142,15 +143,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return load_yaml(text, str(path))
 
 
-def _line(model: type[BaseModel], error: ValidationError, where: str, others: Mapping[str, str]) -> str:
-    """One line for the first error; unknown keys come first, since they often explain a missing one."""
+def _line(model: type[BaseModel], error: ValidationError, where: str, others: Mapping[str, str], advice: str) -> str:
+    """One line for the first error, unknown keys first, as they often explain a missing one; `advice` is for that."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"]]
     key = ".".join(filter(None, [others.get(path[0], where) if path else where, *path]))
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key{suggest(path[-1], _fields(model, first['loc'][:-1]))}"
     if first["type"] == "missing":
-        return f"{key}: missing; conf/ has its default"
+        return f"{key}: missing{advice}"
     if first["type"] == "literal_error":
         allowed = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         return f"{key}: {mask(repr(first['input']), key)} is not a value{suggest(str(first['input']), allowed)}"

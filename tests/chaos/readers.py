@@ -23,11 +23,13 @@ from cola_core.chain import head_of
 from cola_core.checkpoints import Progress, load_checkpoint
 from cola_core.config.base import load_yaml, read_yaml
 from cola_core.config.params import check_params
-from cola_core.lineage import Link
+from cola_core.lineage import ADAPTER, Link, check_manifest, read_chain, read_manifest
+from cola_core.ranks import check_ranks
 from cola_core.sealed import read_sealed
 from flows.compose import compose
 from tests.chaos import rows
 from tests.chaos.samples import (
+    MODULES,
     ROOT,
     adapter,
     broken_conf,
@@ -35,8 +37,10 @@ from tests.chaos.samples import (
     broken_params,
     broken_tensors,
     good,
+    links,
     method_seeds,
     params_seeds,
+    resealed,
     top_seeds,
     training,
 )  # fmt: skip
@@ -81,7 +85,24 @@ def read_top(path: Path) -> None:
 
 def read_ranks(path: Path) -> None:
     """ranks.json, as tasks/link.py reads it."""
-    assert read_sealed(path, "ranks")["ranks"]
+    assert check_ranks(read_sealed(path, "ranks").get("ranks"), dict.fromkeys(MODULES, (8, 8)))
+
+
+def read_links(path: Path) -> None:
+    """link.json of a chain of one link, as whoever opens the chain reads it."""
+    with _chain(path.parent) as folder:
+        shutil.copyfile(path, folder / "1/adapter/link.json")
+        chain = read_chain(folder / "1/adapter")
+    assert [link.number for link in chain] == [0, 1] and chain[1].record["parent"]["hash"] == chain[0].hash
+    assert isinstance(chain[1].kept, bool) and set(ADAPTER) <= set(chain[1].record["files"])
+
+
+def read_chain_json(path: Path) -> None:
+    """chain.json beside its links."""
+    with _chain(path.parent) as folder:
+        chain = read_chain(folder / "1/adapter")
+        check_manifest(path, chain)
+    assert read_manifest(path)["links"][-1]["hash"] == chain[-1].hash
 
 
 def read_pair(name: str) -> Callable[[Path], None]:
@@ -123,6 +144,15 @@ def read_checkpoint(path: Path) -> None:
 
 
 @contextmanager
+def _chain(place: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        for name, data in links().items():
+            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(folder) / name).write_bytes(data)
+        yield Path(folder)
+
+
+@contextmanager
 def _conf(place: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=place) as folder:
         shutil.copytree(ROOT / "conf", Path(folder) / "conf", ignore=shutil.ignore_patterns("__pycache__"))
@@ -150,12 +180,18 @@ def _tensors(name: str, read: Callable[[Path], None]) -> Kind:
     return Kind(name, lambda: [good(name)], broken_tensors(name), read)
 
 
-CONFIG, RANKS = "adapter_config.json", "ranks.json"
+def _sealed(name: str, read: Callable[[Path], None]) -> Kind:
+    return Kind(name, lambda: [good(name)], resealed(broken_json(lambda: json.loads(good(name)))), read)
+
+
+CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 KINDS: dict[str, Kind] = {
     "params": Kind("params.yaml", params_seeds, broken_params, read_params),
     **{ending: _table(ending) for ending in ("tab", "tsv", "csv", "jsonl", "json", "parquet")},
-    "ranks": Kind(RANKS, lambda: [good(RANKS)], broken_json(lambda: json.loads(good(RANKS))), read_ranks),
+    "ranks": _sealed("ranks.json", read_ranks),
+    "link": _sealed("link.json", read_links),
+    "chain": _sealed("chain.json", read_chain_json),
     "adapter_config": Kind(
         CONFIG, lambda: [good(CONFIG)], broken_json(lambda: json.loads(good(CONFIG))), read_pair(CONFIG)
     ),

@@ -16,14 +16,21 @@ from torch.nn import Parameter
 
 from cola_core.adapter_files import Adapter, write_adapter
 from cola_core.adapters import Pair
+from cola_core.chain import write_link
 from cola_core.checkpoints import Progress, random_state, save_checkpoint
 from cola_core.config.base import load_yaml
-from cola_core.sealed import write_sealed
+from cola_core.export import chain_manifest
+from cola_core.files import new_dir
+from cola_core.lineage import Link, read_chain
+from cola_core.root import seal
+from cola_core.sealed import _digest, write_sealed
+from cola_core.tensors import save_tensors
 from tests.chaos.mutations import header_of, mutate, respell, with_header
 
 __all__ = ["adapter", "broken_conf", "broken_json", "broken_params", "broken_tensors", "good", "training"]
 
 ROOT = Path(__file__).parents[2]
+MODULES = [f"layers.{i}.q_proj" for i in range(4)]
 
 
 def params_seeds() -> list[bytes]:
@@ -86,6 +93,8 @@ def good(name: str) -> bytes:
             save_checkpoint(read_state, Progress(1, 9, 1, 0.5, 0, losses, best, random_state()), named, optimizer)
         elif name == "ranks.json":
             write_sealed(Path(folder) / name, "ranks", ranks())
+        elif name in ("link.json", "chain.json"):
+            return links()["1/adapter/link.json" if name == "link.json" else name]
         else:
             write_adapter(Path(folder), adapter())
         return (Path(folder) / name).read_bytes()
@@ -110,6 +119,46 @@ def broken_json(value: Callable[[], Any]) -> Callable[[random.Random], bytes]:
     return broken
 
 
+def resealed(broken: Callable[[random.Random], bytes]) -> Callable[[random.Random], bytes]:
+    """Half of what `broken` makes, with a right checksum: a forger's file, which is read beyond its seal."""
+
+    def sealed(draw: random.Random) -> bytes:
+        data = broken(draw)
+        try:
+            content = json.loads(data) if draw.random() < 0.5 else None
+        except (ValueError, RecursionError):
+            return data
+        if not isinstance(content, dict):
+            return data
+        content.pop("checksum", None)
+        return json.dumps({**content, "checksum": _digest(content)}).encode()
+
+    return sealed
+
+
 def ranks() -> dict[str, Any]:
-    modules = [f"layers.{i}.q_proj" for i in range(4)]
-    return {"ranks": dict.fromkeys(modules, 4), "importance": dict.fromkeys(modules, 0.25), "budget": 80, "spent": 80}
+    few = dict.fromkeys(MODULES, 0.25)
+    return {"ranks": dict.fromkeys(MODULES, 4), "importance": few, "budget": 80, "spent": 80}
+
+
+@functools.cache
+def links() -> dict[str, bytes]:
+    """The files of a root and of one link on it, in folders 0 and 1."""
+    with tempfile.TemporaryDirectory() as folder:
+        chain = _write_links(Path(folder))
+        write_sealed(Path(folder) / "chain.json", "chain", chain_manifest(chain, {1: {}}))
+        files = (path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def _write_links(folder: Path) -> list[Link]:
+    base = {"asset": "hub:org/name@main", "hash": "0" * 64, "kind": "encoder", "family": "bert"}
+    root, one = (folder / key / "adapter" for key in "01")
+    with new_dir(root) as new:
+        save_tensors(new / "head.safetensors", adapter().head)
+        seal(new, {"link": 0, "parent": None, "base": base, "labels": 2})
+    numbers = ("seed", "steps", "kept_step", "tokens", "probe_tokens", "trainable_parameters")
+    told = {**dict.fromkeys(numbers, 4), "validation_before": None, "validation_loss": 0.5, "kept": True}
+    parent = {"link": 0, "hash": read_chain(root)[0].hash}
+    write_link(one, adapter(), {"link": 1, "parent": parent, "base": base, "link_section": {"steps": 4}, **told}, {})
+    return read_chain(one)
