@@ -26,7 +26,7 @@ from cola_core.chain import head_of, tie
 from cola_core.checkpoints import Progress
 from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
-from cola_core.health import Course
+from cola_core.health import Course, not_finite
 from cola_core.lineage import Link
 from cola_core.models import adaptable, head_parameters, load_base, place, weight_shape
 from cola_core.ranks import check_ranks
@@ -80,12 +80,12 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
     objective = open_chain(job.base, job.chain, job.task, job.machine, job.config.base_dropout)  # W^(i-1), frozen
     model, number = objective.model, len(job.chain)
     pairs = initial_pairs(model, job, number)  # a fresh pair on the residual
-    without = mean_loss(objective, job.validation, job.config) if job.config.keep_link == "if_better" else None
+    offset = sum(link.record["link_section"]["steps"] for link in job.chain[1:])
+    course = Course(job.config, job.schedule, job.seed, number, offset, job.checkpoint)
+    without = _loss_without(objective, job, course) if job.config.keep_link == "if_better" else None
     if job.config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     layers = attach(model, pairs, job.config.dropout, bias=job.config.bias == "lora")
-    offset = sum(link.record["link_section"]["steps"] for link in job.chain[1:])
-    course = Course(job.config, job.schedule, job.seed, number, offset, job.checkpoint)
     training = Training(objective, layers, job.train, job.validation, course)
     try:
         for event in training:
@@ -98,6 +98,14 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
     del objective, model, layers, training
     record = _record(job, adapter, progress, without)
     return adapter, {**record, "knot": _knot(job, adapter, scores, record["kept"])}, progress
+
+
+def _loss_without(objective: Objective, job: LinkJob, course: Course) -> float:
+    """Validation loss of the chain before the link; one that is not finite would drop any link, after all its steps."""
+    loss = mean_loss(objective, job.validation, job.config)
+    if not math.isfinite(loss):
+        raise not_finite("the validation loss of the chain without the link", course, 0)
+    return loss
 
 
 def open_chain(

@@ -132,6 +132,19 @@ def test_the_validation_before_the_first_link_is_the_bases(tmp_path: Path) -> No
     assert all(torch.equal(pair.b, pairs[name].b) for name, pair in always.pairs.items()), "looking changes nothing"
 
 
+def test_a_loss_without_the_link_that_is_not_finite_stops_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cola_core import links
+
+    monkeypatch.setattr(links, "mean_loss", lambda *_: float("nan"))
+    job, seen = job_of("llama", root_of("llama", tmp_path), FP32, keep_link="if_better"), list[Any]()
+    told = r"link 1, step 0: the validation loss of the chain without the link is not finite; link\.learning_rate is"
+    with pytest.raises(UserError, match=told):
+        run_link(job, seen.append)
+    assert not seen
+
+
 @pytest.mark.parametrize("farewell", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_at_any_instant_no_step_is_lost_and_none_is_halved(farewell: signal.Signals, tmp_path: Path) -> None:
     """Real signals at random instants of real steps, validations and checkpoints."""
