@@ -92,5 +92,9 @@ def _add(module: nn.Module, name: str, pair: Pair, link: Link) -> float:
     error = add_pair(module, pair)
     weight: Tensor = module.weight  # type: ignore[assignment]
     if not bool(torch.isfinite(weight).all()):
-        raise UserError(f"{link.folder}: {name} is not finite after merging link {link.number}; train it again")
+        step, rate = link.record["kept_step"], link.record["link_section"]["learning_rate"]
+        raise UserError(
+            f"{link.folder}: link {link.number}, step {step}: {name} is not finite after merging it; "
+            f"link.learning_rate was {rate:g}: train it again with a tenth of it or machine.dtype=fp32"
+        )
     return error

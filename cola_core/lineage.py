@@ -48,10 +48,11 @@ class Parent(Strict, extra="ignore"):
     hash: str
 
 
-class Steps(Strict, extra="ignore"):
-    """What later links need of the section `link`: a global learning rate goes on from there."""
+class Section(Strict, extra="ignore"):
+    """What is needed later of the section `link`: a global learning rate goes on from its steps."""
 
     steps: int
+    learning_rate: float
 
 
 class Trained(Strict, extra="ignore"):
@@ -60,7 +61,7 @@ class Trained(Strict, extra="ignore"):
     link: int = Field(ge=1)
     parent: Parent
     seed: int
-    link_section: Steps
+    link_section: Section
     kept: bool
     steps: int
     kept_step: int

@@ -160,5 +160,10 @@ def _write_links(folder: Path) -> list[Link]:
     numbers = ("seed", "steps", "kept_step", "tokens", "probe_tokens", "trainable_parameters")
     told = {**dict.fromkeys(numbers, 4), "validation_before": None, "validation_loss": 0.5, "kept": True}
     parent = {"link": 0, "hash": read_chain(root)[0].hash}
-    write_link(one, adapter(), {"link": 1, "parent": parent, "base": base, "link_section": {"steps": 4}, **told}, {})
+    write_link(
+        one,
+        adapter(),
+        {"link": 1, "parent": parent, "base": base, "link_section": {"steps": 4, "learning_rate": 1e-3}, **told},
+        {},
+    )
     return read_chain(one)
