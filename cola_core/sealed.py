@@ -19,7 +19,7 @@ from cola_core.files import read_json, write_json
 __all__ = ["check_files", "check_hashes", "checksum", "damaged", "inside", "read_sealed", "seal_folder", "write_sealed"]
 
 # What reads and writes each kind now. 1 was written before formats had numbers (version 0.1).
-FORMATS = {"base": 2, "chain": 2, "files": 2, "link": 2, "profile": 2, "ranks": 2}
+FORMATS = {"base": 2, "chain": 2, "files": 2, "link": 2, "manifest": 2, "profile": 2, "ranks": 2}
 FORMATS |= {"record": 2, "registration": 2, "serve": 2, "task": 2}
 BLOCK = 1 << 22
 LONGEST = 255  # bytes of a file's name

@@ -10,7 +10,7 @@ from cola_core.files import new_dir
 from cola_core.sealed import check_files
 from tasks.context import open_context
 from tasks.places import ARTIFACTS
-from tasks.release import card
+from tasks.release import card, read_chain_json
 
 __all__ = ["FORMS", "export"]
 
@@ -30,6 +30,8 @@ def export(directory: Path, form: str) -> Path:
         raise UserError(f"export: no form {form!r}{suggest(form, FORMS)}")
     source = ARTIFACTS / "merge" / form
     if not source.is_dir():
+        if form != "checkpoint" and not any(link["kept"] for link in read_chain_json()["links"]):
+            raise UserError(f"{source}: not there: no link was kept, so the chain is the base and has no adapter")
         raise UserError(f"{source}: not there; set merge.{form}: true in params.yaml and run `dvc repro merge`")
     if directory.exists():
         raise UserError(f"{directory}: exists already; export writes new folders only")

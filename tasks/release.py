@@ -24,7 +24,7 @@ from cola_core.sealed import check_files, checksum, read_sealed, write_sealed
 from tasks.context import Context
 from tasks.places import ARTIFACTS, link_dir
 
-__all__ = ["Release", "card", "gather", "pack", "read_release"]
+__all__ = ["FOLDER", "Release", "card", "gather", "pack", "read_chain_json", "read_release", "registration"]
 
 FOLDER = ARTIFACTS / "register"
 TRAINED: dict[str, type[BaseModel]] = {"link": LinkConfig, "schedule": ScheduleConfig, "machine": MachineConfig}
@@ -61,9 +61,8 @@ def gather(context: Context) -> Release:
         UserError: a stage before has not run, or merged weights are asked for and were not made.
     """
     register, fetch = context.section(RegisterConfig, "register"), context.section(FetchConfig, "fetch")
-    for name in ("merge", "evaluate"):
-        check_files(ARTIFACTS / name)
-    chain, metrics = read_chain_json(), read_json(ARTIFACTS / "evaluate/metrics.json")
+    check_files(ARTIFACTS / "merge")
+    chain, metrics = read_chain_json(), _metrics()
     if register.merged and not (ARTIFACTS / "merge/checkpoint").is_dir():
         raise UserError("params.yaml: register.merged: true needs merge.checkpoint: true")
     keep_base(ARTIFACTS / "fetch/model")
@@ -82,7 +81,8 @@ def card(context: Context) -> str:
     """The model card of the chain that stands in the artifacts.
 
     Raises:
-        UserError: params.yaml has changed since the chain was trained, so the card would tell of another one.
+        UserError: params.yaml has changed since the chain was trained, so the card would tell of another one, or what
+            it tells of is not what was written.
     """
     chain, fetch = read_chain_json(), context.section(FetchConfig, "fetch")
     links = [str(link["link"]) for link in chain["links"]]
@@ -99,8 +99,8 @@ def card(context: Context) -> str:
             note=base_manifest(ARTIFACTS / "fetch/model")["note"],
             axes=_axes(context, links),
             data=data,
-            manifest=read_json(ARTIFACTS / "prepare/manifest.json"),
-            metrics=read_json(ARTIFACTS / "evaluate/metrics.json"),
+            manifest=read_sealed(ARTIFACTS / "prepare/manifest.json", "manifest"),
+            metrics=_metrics(),
         )
     )
 
@@ -148,6 +148,13 @@ def registration(release: Release, version: str, alias: str, store: str) -> dict
 def read_chain_json() -> dict[str, Any]:
     """chain.json of the artifacts."""
     return read_manifest(ARTIFACTS / "merge/chain.json")
+
+
+def _metrics() -> dict[str, Any]:
+    """metrics.json of the artifacts."""
+    check_files(ARTIFACTS / "evaluate")
+    metrics: dict[str, Any] = read_json(ARTIFACTS / "evaluate/metrics.json")
+    return metrics
 
 
 def _check_unchanged(context: Context, links: list[str]) -> None:

@@ -523,6 +523,42 @@ def test_the_card_names_the_hub_model_behind_a_reference(checkout: Path) -> None
         assert (front["base_model"], front.get("license")) == (base, license_id)
 
 
+@pytest.mark.parametrize("name", ["prepare/manifest.json", "evaluate/metrics.json"])
+def test_no_digit_of_a_card_is_a_damaged_one(checkout: Path, name: str) -> None:
+    path = ARTIFACTS / name
+    path.write_text(path.read_text().replace("8", "9", 1))
+    with pytest.raises(UserError, match=rf"{name}: changed since it was written"):
+        export(Path("out"), "flat_adapter")
+    assert not Path("out").exists()
+
+
+def merged_anew(checkout: Path, kept: list[bool]) -> Context:
+    """The chain again with some links dropped, as their policy would have it."""
+    parent, context = read_chain(link_dir("0"))[0].hash, context_of(checkout)
+    for number, stays in enumerate(kept, start=1):
+        path = link_dir(str(number)) / "link.json"
+        told = {**read_sealed(path, "link"), "kept": stays, "parent": {"link": number - 1, "hash": parent}}
+        write_sealed(path, "link", told)
+        parent = read_chain(path.parent)[-1].hash
+    merge.main(context)
+    return context
+
+
+def test_the_card_tells_of_a_dropped_link(checkout: Path) -> None:
+    assert "in the model" not in card(context_of(checkout))
+    text = card(merged_anew(checkout, [True, False]))
+    assert "| in the model | yes | no, dropped |" in text
+    assert "q_proj" in text and "A chain of 2 LoRA links" in text
+
+
+def test_export_says_that_a_chain_of_dropped_links_has_no_adapter(checkout: Path) -> None:
+    merged_anew(checkout, [False, False])
+    for form in ("flat_adapter", "portable_adapter"):
+        with pytest.raises(UserError, match=rf"merge/{form}: not there: no link was kept"):
+            export(Path("out"), form)
+    assert (export(Path("out"), "checkpoint") / "model.safetensors").exists()
+
+
 def test_export_copies_one_form_and_overwrites_nothing(checkout: Path) -> None:
     out = export(Path("out"), "flat_adapter")
     assert {f.name for f in out.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}

@@ -9,7 +9,7 @@ from typing import Any
 from cola_core.config.task import PrepareConfig
 from cola_core.data.encode import Codec, Encoded, candidate_ids
 from cola_core.data.examples import label_counts
-from cola_core.files import tree_hash, write_json
+from cola_core.files import tree_hash
 from cola_core.sealed import write_sealed
 from cola_core.split_files import write_rows
 
@@ -46,7 +46,7 @@ def write_prepared(
         "samples": [sample(vars(row), codec) for row in splits["train"][:SAMPLES]],
     }
     write_sealed(folder / "task.json", "task", _task(config, codec))
-    write_json(folder / "manifest.json", manifest)
+    write_sealed(folder / "manifest.json", "manifest", manifest)
     return manifest
 
 
