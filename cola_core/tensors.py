@@ -16,8 +16,8 @@ __all__ = ["digest", "load_tensors", "save_tensors"]
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors of any device and stride; `metadata` is by default what transformers and PEFT look for."""
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, metadata=dict(metadata or {"format": "pt"}))
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(dense, path, metadata=dict(metadata or {"format": "pt"}))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
