@@ -64,6 +64,11 @@ def check_files(folder: Path, files: Mapping[str, str] | None = None) -> None:
     Raises:
         UserError: the first that is missing or changed, or a name that leads out of the folder.
     """
+    if files is None and folder.is_dir() and not (folder / "files.json").exists():
+        raise UserError(
+            f"{folder}: has no files.json: version 0.1 wrote none, or it is lost; `dvc repro` makes the folder again, "
+            "or `dvc checkout` restores it"
+        )
     told = read_sealed(folder / "files.json", "files").get("files") if files is None else files
     check_hashes(folder, told, checksum)
 

@@ -19,7 +19,9 @@ from cola_core.config.base import read_yaml
 from cola_core.config.params import check_params
 from cola_core.errors import UserError
 from cola_core.lineage import read_chain
-from cola_core.sealed import FORMATS, read_sealed
+from cola_core.root import check_base
+from cola_core.rows import Task
+from cola_core.sealed import FORMATS, check_files, read_sealed
 from tasks.places import main_checkout
 from tasks.sync import _read, sync
 
@@ -28,6 +30,10 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "link": lambda: read_chain(OLD / "links/1/adapter"),
     "chain": lambda: read_sealed(OLD / "chain.json", "chain"),
     "ranks": lambda: read_sealed(OLD / "ranks.json", "ranks"),
+    "base": lambda: check_base(OLD / "model"),
+    "task": lambda: Task.read(OLD / "prepare/task.json"),
+    "profile": lambda: read_sealed(OLD / "profile/profile.json", "profile"),
+    "manifest": lambda: read_sealed(OLD / "prepare/manifest.json", "manifest"),
 }
 
 
@@ -37,6 +43,14 @@ def test_an_artifact_of_the_version_before_is_refused_with_the_way_out(kind: str
         REFUSED[kind]()
     line = rf"{kind} format 1, and this version of cola reads {FORMATS[kind]}; `dvc repro` makes it again, the version"
     assert re.search(line, str(told.value)) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("folder", ["data", "profile"])
+def test_a_folder_of_the_version_before_is_refused_with_the_way_out(folder: str) -> None:
+    """It had no list of its files yet."""
+    line = rf"{folder}: has no files\.json: version 0\.1 wrote none, or it is lost; `dvc repro` makes the folder again"
+    with pytest.raises(UserError, match=line):
+        check_files(OLD / folder)
 
 
 def test_a_checkpoint_of_the_version_before_is_told_and_left(tmp_path: Path, capsys: Any) -> None:
