@@ -17,14 +17,14 @@ from torch.nn import Parameter
 
 from cola_core.checkpoints import Progress, load_checkpoint, save_checkpoint
 from cola_core.errors import RetryError, UserError
-from cola_core.export import chain_manifest
+from cola_core.export import chain_manifest, flat_adapter, write_flat
 from cola_core.files import SUFFIX, new_dir, new_file, read_json, scratch, sweep, write_json
 from cola_core.lineage import check_manifest, read_chain
-from cola_core.models import load_base
+from cola_core.models import load_base, save_merged
 from cola_core.rows import Task
 from cola_core.sealed import FORMATS, check_files, inside, read_sealed, seal_folder, write_sealed
 from cola_core.split_files import read_rows, write_rows
-from tests.lab import FP32, base_of, chain_of, rows_of, task_of
+from tests.lab import FP32, base_of, chain_of, model_of, rows_of, task_of
 
 CONTENT = {"ranks": {"q": 4, "v": 8}, "advantage": {"q": 0.25, "v": 1.5e-7}, "name": "größer"}
 
@@ -47,6 +47,9 @@ ARTIFACTS = {
     "config": Artifact("links/1/adapter/adapter_config.json", lambda folder: chain_at(folder)),
     "link": Artifact("links/1/adapter/link.json", lambda folder: chain_at(folder)),
     "last": Artifact("links/2/adapter/link.json", lambda folder: chain_at(folder)),
+    "chain": Artifact("chain.json", lambda folder: check_manifest(folder / "chain.json", chain_at(folder))),
+    "flat": Artifact("merge/flat_adapter/adapter_model.safetensors", lambda folder: check_files(folder / "merge")),
+    "merged": Artifact("merge/checkpoint/model.safetensors", lambda folder: check_files(folder / "merge")),
     "weights": Artifact("model/model.safetensors", lambda folder: load_base(folder / "model", FP32, 3)),
     "tokens": Artifact("model/tokenizer.json", lambda folder: load_base(folder / "model", FP32, 3)),
     "base": Artifact("model/cola.json", lambda folder: load_base(folder / "model", FP32, 3)),
@@ -61,7 +64,12 @@ def chain_at(folder: Path) -> Any:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of every artifact, as its stage writes it."""
     folder = tmp_path_factory.mktemp("whole")
-    chain_of("llama", folder, 2, FP32)
+    chain = chain_of("llama", folder, 2, FP32)
+    write_sealed(folder / "chain.json", "chain", chain_manifest(chain, {1: {}, 2: {}}))
+    with new_dir(folder / "merge") as merge:
+        write_flat(merge / "flat_adapter", flat_adapter(chain))
+        save_merged(model_of("llama", chain, FP32), FP32, base_of("llama"), ["a"], merge / "checkpoint")
+        seal_folder(merge)
     write_sealed(folder / "ranks.json", "ranks", CONTENT)
     write_sealed(folder / "task.json", "task", asdict(task_of("llama")))
     write_rows(folder / "train.arrow", rows_of("llama", 20))
