@@ -482,17 +482,17 @@ def test_a_broken_expression_is_a_value_error(extract: str) -> None:
         PrepareConfig.model_validate(values)
 
 
-BOMBS = ["(a{100000})", "((a{200}){200})", "((a{200}){200,300})", "(?x) ((a{200}) { 200 })", "((a{9}b{9}){30}c{99}){99}"]
+BOMBS = ["(a{100000})", "((a{200}){200,300})", "(?x) ((a{200}) { 200 })", "((a{9}b{9}){30}c{99}){99}"]
 
 
 @pytest.mark.parametrize("extract", BOMBS)
 def test_an_expression_that_would_fill_the_memory_is_refused(extract: str) -> None:
     values = yaml.safe_load((ROOT / "params.yaml").read_text())["prepare"] | {"extract": extract}
-    with pytest.raises(ValueError, match=r"extract\n.*a regular expression of more than 10,000 copies"):
+    with pytest.raises(ValueError, match=r"extract\n.*not a regular expression of bearable size"):
         PrepareConfig.model_validate(values)
 
 
-@pytest.mark.parametrize("extract", [r"(\d{1,3}(?:,\d{3}){0,4})\.\d{2}", r"([0-9a-f]{64}) {200}", r"(\p{L}.{0,9999})"])
+@pytest.mark.parametrize("extract", [r"(\d{1,3}(?:,\d{3}){0,4})\.\d{2}", r"([0-9a-f]{64}) {20}", r"(\p{L}.{0,9999})"])
 def test_an_expression_that_counts_is_taken(extract: str) -> None:
     values = yaml.safe_load((ROOT / "params.yaml").read_text())["prepare"] | {"extract": extract}
     assert PrepareConfig.model_validate(values).extract == extract

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Literal
 
 import regex
@@ -14,6 +16,11 @@ __all__ = ["AssetConfig", "FetchConfig", "HeadConfig", "ModelConfig", "PrepareCo
 
 ModelKind = Literal["causal", "seq2seq", "encoder"]
 TaskKind = Literal["choice", "generate", "classify"]
+
+# regex writes out what {n} counts while it compiles: ((a{2000}){2000}) takes a gigabyte. A count that stands behind
+# a group, or behind a space, where `(?x)` would overlook it, multiplies what the others make.
+COUNT = re.compile(r"([)\s]?)\{\s*(\d+)")
+MOST = 10_000
 
 
 class AssetConfig(Strict):
@@ -91,10 +98,12 @@ class PrepareConfig(Strict):
     @field_validator("extract")
     @classmethod
     def _has_group(cls, value: str | None) -> str | None:
+        if value is not None and _written_out(value) > MOST:
+            raise ValueError(f"not a regular expression of bearable size: its {{n}} write out more than {MOST:,} parts")
         try:
             if value is not None and not regex.compile(value).groups:
                 raise ValueError("needs one (group), which is what is compared")
-        except (regex.error, OverflowError, RecursionError) as error:
+        except (regex.error, OverflowError, RecursionError, MemoryError) as error:
             raise ValueError(f"not a regular expression: {error}") from None
         return value
 
@@ -104,3 +113,10 @@ class HeadConfig(Strict):
 
     inverse_regularisation: float = Field(gt=0)
     max_iterations: int = Field(ge=1)
+
+
+def _written_out(pattern: str) -> int:
+    """At most how many parts the counts of `pattern` make."""
+    counts = [(bool(group), int(number)) for group, number in COUNT.findall(pattern)]
+    groups = math.prod(max(number, 1) for group, number in counts if group)
+    return groups * max(sum(number for group, number in counts if not group), 1)
