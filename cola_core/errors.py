@@ -9,13 +9,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
+from socket import gaierror
 
 from cola_core.secrets import mask
 
 __all__ = ["RetryError", "UserError", "of_the_system", "suggest", "system_told"]
 
 RUST = re.compile(r"\(os error (\d+)\)")
-PASSING = {"ENOSPC", "EDQUOT", "EIO", "EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "ESTALE", "ETIMEDOUT", "EBUSY"}
+DISK = ("ENOSPC", "EDQUOT", "EIO", "ESTALE")
+NETWORK = ("ECONNREFUSED", "ECONNRESET", "ECONNABORTED", "ENETDOWN", "ENETUNREACH", "EHOSTUNREACH", "ETIMEDOUT")
+SYSTEM = ("EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "EBUSY", "EPIPE")
+ELSE = "the system"
+# What passes, and who refused it where no file is named.
+PASSING = {name: who for names, who in ((DISK, "the disk"), (NETWORK, "the network"), (SYSTEM, ELSE)) for name in names}
 
 LONGEST = 2000  # characters of a line; what a file holds may be quoted in it, and a file may hold anything
 TAIL = 500  # of them from the end, where it is told what is allowed
@@ -47,12 +53,12 @@ def of_the_system(error: Exception) -> UserError | RetryError | None:
     Returns:
         None if it was not the system; safetensors tells of it in a text alone.
     """
-    hidden = RUST.search(str(error))
-    number = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
-    if number is None:
+    number = _number(error)
+    name = errno.errorcode.get(number) if number is not None else None
+    if number is None or name is None:
         return None
-    line = f"{getattr(error, 'filename', None) or 'the disk'}: {os.strerror(number)}"
-    if errno.errorcode.get(number) in PASSING:
+    line = f"{getattr(error, 'filename', None) or PASSING.get(name, ELSE)}: {os.strerror(number)}"
+    if name in PASSING:
         return RetryError(f"{line}; nothing written before is lost, the same command goes on once this is mended")
     return UserError(line)
 
@@ -82,6 +88,13 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
     words = [str(a) for a in islice(allowed, LONGEST)]
     close = get_close_matches(word, words, n=1, cutoff=0.6) if len(word) <= CLOSE else []
     return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(words) or 'nothing'}"
+
+
+def _number(error: Exception) -> int | None:
+    if isinstance(error, gaierror):
+        return errno.EHOSTUNREACH  # it has numbers of its own for a host whose name nobody knows at the moment
+    hidden = RUST.search(str(error))
+    return error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
 
 
 def _one_line(text: str) -> str:

@@ -24,7 +24,7 @@ import yaml
 from cola_core.assets.base import base_folder, find_base
 from cola_core.assets.references import opened
 from cola_core.assets.tiny import build_tiny
-from cola_core.assets.wheels import extract
+from cola_core.assets.wheels import _refusal, extract
 from cola_core.errors import RetryError, UserError
 from cola_core.files import sweep, tree_hash
 from tasks.context import Context
@@ -135,6 +135,18 @@ def test_an_index_that_does_not_answer_may_be_tried_again(monkeypatch: pytest.Mo
     with pytest.raises(RetryError, match=r"no package index can be reached"), opened("pypi:tiny-data==1.0/x", "0" * 64):
         pass
     assert kept(cache) == []
+
+
+@pytest.mark.parametrize("line", ["ERROR: Could not install packages due to an OSError: {}", "OSError: {}", "x {}\n\n"])
+def test_a_disk_that_pip_finds_full_may_be_tried_again(line: str) -> None:
+    told = _refusal("a==1", "Collecting a\n" + line.format("[Errno 28] No space left on device"))
+    assert isinstance(told, RetryError) and str(told).startswith("pypi:a==1: the disk: No space left on device")
+
+
+@pytest.mark.parametrize("line", ["[Errno 13] Permission denied: '/x'", "[Errno 99999] odd", "Errno 28 is no number"])
+def test_what_else_pip_says_is_told(line: str) -> None:
+    told = _refusal("a==1", f"ERROR: {line}\n")
+    assert isinstance(told, UserError) and str(told) == f"pypi:a==1: pip says: ERROR: {line}"
 
 
 def test_what_a_killed_pip_leaves_goes_with_its_folder(cache: Path, tmp_path: Path) -> None:

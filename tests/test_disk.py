@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,15 @@ def test_a_temporary_that_a_sweeper_took_is_made_again(tmp_path: Path, monkeypat
         (OSError(errno.EROFS, "Read-only file system", "a/b"), UserError),
         (PermissionError(errno.EACCES, "Permission denied", "a/b"), UserError),
         (ValueError("I/O error: No space left on device (os error 28)"), RetryError),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), RetryError),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), RetryError),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), RetryError),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), RetryError),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), RetryError),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), RetryError),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), RetryError),
+        (OSError(errno.EMFILE, "Too many open files"), RetryError),
+        (OSError(99_999, "a number of no system"), None),
         (ValueError("a bug"), None),
         (OSError("a text and no number"), None),
     ],
@@ -69,4 +79,5 @@ def test_a_temporary_that_a_sweeper_took_is_made_again(tmp_path: Path, monkeypat
 def test_what_the_system_refuses_is_told_from_a_bug(error: Exception, kind: type[Exception] | None) -> None:
     told = of_the_system(error)
     assert type(told) is (kind or type(None))
-    assert kind is None or str(told).startswith(("a/b: ", "the disk: No space left on device"))
+    names = ("a/b: ", "the disk: No space", "the network: ", "the system: ")
+    assert kind is None or str(told).startswith(names)

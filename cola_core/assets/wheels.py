@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 from cola_core.assets.cache import cache_root, locked
-from cola_core.errors import RetryError, UserError, suggest
+from cola_core.errors import RetryError, UserError, of_the_system, suggest
 from cola_core.files import new_file, scratch, tree_hash
 
 __all__ = ["extract", "wheel"]
@@ -31,7 +31,8 @@ SMALL = 1 << 24  # bytes that are allowed whatever the archive's size
 DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError)
 IMPOSSIBLE = (None, errno.EINVAL, errno.ENAMETOOLONG)
 
-# What pip prints when the index, and not the request, is at fault.
+# What pip prints when the system or the index, and not the request, is at fault; its warnings are of what it repeats.
+SYSTEM = re.compile(r"(?m)^(?!WARNING).*\[Errno (\d+)\]")
 UNREACHABLE = re.compile(r"Retrying \(|ConnectionError|Timeout|Temporary failure|unreachable|HTTP error 5\d\d")
 
 
@@ -147,7 +148,11 @@ def _download(name: str, folder: Path) -> Path:
 
 
 def _refusal(name: str, stderr: str) -> UserError | RetryError:
-    """Tell a release that does not exist from an index that does not answer."""
+    """Tell a release that does not exist from an index that does not answer, and from a disk that is full."""
+    if number := SYSTEM.search(stderr):
+        refused = of_the_system(OSError(int(number[1]), ""))
+        if isinstance(refused, RetryError):
+            return RetryError(f"pypi:{name}: {refused}")
     wanted = name.split("==")[1]
     listed = re.search(r"\(from versions: (.*?)\)", stderr)
     versions = [] if listed is None or listed[1] == "none" else listed[1].split(", ")
