@@ -453,10 +453,31 @@ TEMPLATES = {
     "{{ range(10 ** 9) | list }}": "Range too big",
     "{{ 'a' * 10 ** 9 }}": "more than 1,000,000",
     "{{ 10 ** 9 * [0] }}": "more than 1,000,000",
-    "{{ 9 ** (9 ** 9) }}": "a power above 64",
-    "{{ '%09999999d' % 1 }}": "makes 9,999,999 characters",
-    "{{ '{:>9999999}'.format('') }}": "makes 9,999,999 characters",
-    "{{ 'x' | center(10 ** 13) }}": "MemoryError",
+    "{{ 9 ** (9 ** 9) }}": "a number of more than 10,000 bits",
+    "{{ (((((9**64)**64)**64)**64)**64) > 1 }}": "a number of more than 10,000 bits",
+    "{% set n = namespace(x=9) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}": "10,000 bits",
+    "{{ 1 | round(10 ** 9, 'ceil') }}": "a number of more than 10,000 bits",
+    "{{ '%999999999d' % 1 }}": "`%` on a text",
+    "{{ '{:>999999999}'.format('') }}": "unsafe",
+    "{{ '%999999999d' | format(1) }}": "No filter named 'format'",
+    "{{ 'x' | center(900000000) }}": "No filter named 'center'",
+    "{{ 'x' | indent(900000000) }}": "No filter named 'indent'",
+    "{{ [1] | batch(900000000, 0) | list }}": "No filter named 'batch'",
+    "{{ {} | tojson(indent=900000000) }}": "unexpected keyword argument 'indent'",
+    "{{ 'x'.ljust(900000000) }}": "unsafe",
+    "{{ 'x'.rjust(900000000) }}": "unsafe",
+    "{{ 'x'.center(900000000) }}": "unsafe",
+    "{{ '1'.zfill(900000000) }}": "unsafe",
+    "{{ ('x' | attr('zfill'))(900000000) }}": "unsafe",
+    "{{ (1).to_bytes(900000000, 'big') | length }}": "unsafe",
+    "{% set n = namespace(x='a' * 10 ** 6) %}{% for i in range(10) %}{% set n.x = n.x ~ n.x %}{% endfor %}": "more",
+    "{% set n = namespace(x='a' * 10 ** 6) %}{% for i in range(10) %}{% set n.x = n.x + n.x %}{% endfor %}": "more",
+    "{% set n = namespace(x=[0] * 10 ** 6) %}{% for i in range(10) %}{% set n.x = n.x + n.x %}{% endfor %}": "more",
+    "{% for i in range(10000) %}{{ 'a' * 10 ** 5 }}{% endfor %}": "more than 1,000,000",
+    "{{ ('a' * 10 ** 5) | replace('a', 'b' * 10 ** 4) }}": "more than 1,000,000",
+    "{{ ('a' * 10 ** 5).replace('a', 'b' * 10 ** 4) }}": "more than 1,000,000",
+    "{{ range(10 ** 5) | join('b' * 10 ** 4) }}": "more than 1,000,000",
+    "{{ ('b' * 10 ** 4).join(['a'] * 10 ** 5) }}": "more than 1,000,000",
     "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}": "recursion",
     "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}": "recursion",
 }
@@ -470,9 +491,17 @@ def test_a_hostile_template_is_one_line(source: str) -> None:
 
 
 def test_an_honest_template_may_count_repeat_and_loop() -> None:
-    source = "{{ 2 ** 10 }} {{ '-' * 3 }} {{ '%02d' % 7 }} {% set n = namespace(x=0) %}"
+    source = "{{ 2 ** 10 }} {{ 2 ** -1 }} {{ 1.5 * 2 }} {{ '-' * 3 }} {{ 7 % 4 }} {% set n = namespace(x=0) %}"
     source += "{% for i in range(3) %}{% set n.x = n.x + i %}{% endfor %}{{ n.x }}"
-    assert template("prepare.prompt", source).render({}, "d:1") == "1024 --- 07 3"
+    assert template("prepare.prompt", source).render({}, "d:1") == "1024 0.5 3.0 --- 3 3"
+
+
+def test_an_honest_template_may_join_replace_and_round() -> None:
+    source = "{{ row.a | join(', ') }} {{ ', '.join(row.a) }} {{ [{'b': 1}, {'b': 2}] | join('-', attribute='b') }} "
+    source += "{{ row.c.replace('<br />', '|') }} {{ row.c | replace('x', 'z', 1) }} {{ row.c ~ 1 ~ none }} "
+    source += "{{ 3.14159 | round(2) }} {{ 5 | round(-1, 'ceil') }} {{ row.a | tojson }} {{ [1] + [2] }}"
+    made = template("prepare.prompt", source).render({"a": ["x", "y"], "c": "x<br />x"}, "d:1")
+    assert made == 'x, y x, y 1-2 x|x z<br />x x<br />x1None 3.14 10.0 ["x", "y"] [1, 2]'
 
 
 @pytest.mark.parametrize("extract", ["(a", "a", "(a{99999999999999999999})", "(" * 5000 + "a" + ")" * 5000])

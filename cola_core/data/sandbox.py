@@ -1,25 +1,57 @@
-"""The Jinja that templates run in: it reaches nothing, draws nothing at random, and makes nothing without end."""
+"""The Jinja that templates run in: it reaches nothing, draws nothing at random, and no expression fills the memory.
+
+Bounded are numbers, what `+`, `*` and `~` make, what is joined, replaced or printed; what makes a text as wide as a
+number says is not there. Not bounded are the time and memory of loops within loops: for a container nested in itself
+again and again, or for `tojson`, `pprint` and `sum` of what they made before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateRuntimeError, Undefined, UndefinedError
+from jinja2 import (
+    Environment,
+    StrictUndefined,
+    TemplateRuntimeError,
+    Undefined,
+    UndefinedError,
+    pass_environment,
+    pass_eval_context,
+)
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
+from jinja2.filters import do_round, do_tojson, make_attrgetter
+from jinja2.nodes import Concat, EvalContext
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["LONGEST", "SANDBOX"]
+__all__ = ["SANDBOX"]
 
-LONGEST = 1_000_000  # characters of one rendered text, and items of what `*` repeats
-HIGHEST = 64  # power of `**`
+LONGEST = 1_000_000  # characters of one text, and items of one list
+BITS = 10_000  # of one whole number; Python prints none that is longer
+# Methods and filters that make as much as a number or a table says. Bytes are for `decode` alone.
+WIDE = {"center", "encode", "expandtabs", "format", "format_map", "ljust", "rjust", "to_bytes", "translate", "zfill"}
+WIDE_FILTERS = ("batch", "center", "format", "indent", "slice", "wordwrap")
+
+
+class _Code(CodeGenerator):
+    """Jinja's own, with a bound for `~`."""
+
+    def visit_Concat(self, node: Concat, frame: Frame) -> None:  # noqa: N802 -- Jinja's name
+        """Join the parts as the whole text is joined."""
+        self.write("environment.concat(map(str, (")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write(")))")
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's own sandbox, which bounds `range`, with bounds for `*` and `**`; `%` is here so as not to be folded."""
+    """Jinja's own sandbox, which bounds `range`, with bounds for operators, methods and the whole text."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = _Code
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Do what `operator` says, unless it makes too much.
@@ -27,12 +59,77 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         Raises:
             SecurityError: it would.
         """
-        if operator == "**" and isinstance(right, int) and abs(right) > HIGHEST:
-            raise SecurityError(f"a power above {HIGHEST}")
-        sizes = [len(side) if isinstance(side, Sized) else side for side in (left, right)]
-        if operator == "*" and sizes != [left, right] and sizes[0] * sizes[1] > LONGEST:
-            raise SecurityError(f"more than {LONGEST:,} characters or items")
+        if operator == "%" and isinstance(left, str | bytes):
+            raise SecurityError("`%` on a text; `~` joins, and `round` shortens a number")
+        if isinstance(left, int) and isinstance(right, int):
+            _check_bits(operator, left, right)
+        elif operator == "+" and isinstance(left, Sized) and isinstance(right, Sized):
+            _check(len(left) + len(right))
+        elif operator == "*" and (isinstance(left, Sized) or isinstance(right, Sized)):
+            many, times = (left, right) if isinstance(left, Sized) else (right, left)
+            _check(len(many) * times)
         return super().call_binop(context, operator, left, right)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Jinja's own rule, without the methods of texts and numbers that make more than they are given."""
+        wide = (isinstance(obj, str | int) and attr in WIDE) or (isinstance(obj, bytes) and attr != "decode")
+        return not wide and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """Jinja would make `format` safe before it asks `is_safe_attribute`, but not short."""
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Call an object, the two methods of a text that may make too much as the filters of that name."""
+        text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if isinstance(text, str) and name in ("join", "replace"):
+            return self.filters["join"](self, *args, text) if name == "join" else _replace(text, *args)
+        return super().call(context, obj, *args, **options)
+
+    def concat(self, parts: Iterable[str]) -> str:
+        """How Jinja joins what a template, a macro or a block prints.
+
+        Raises:
+            SecurityError: too long a text.
+        """
+        made, size = [], 0
+        for part in parts:
+            made.append(part)
+            _check(size := size + len(part))
+        return "".join(made)
+
+
+def _check(size: int) -> None:
+    if size > LONGEST:
+        raise SecurityError(f"more than {LONGEST:,} characters or items")
+
+
+def _check_bits(operator: str, left: int, right: int) -> None:
+    bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+    if bits > BITS:
+        raise SecurityError(f"a number of more than {BITS:,} bits")
+
+
+def _replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    text, old, new = str(text), str(old), str(new)
+    _check(text.count(old) * len(new))
+    return str(text.replace(old, new, -1 if count is None else count))
+
+
+@pass_environment
+def _join(environment: Environment, items: Iterable[Any], d: Any = "", attribute: str | int | None = None) -> str:
+    if attribute is not None:
+        items = map(make_attrgetter(environment, attribute), items)
+    return SANDBOX.concat([text for item in items for text in (str(d), str(item))][1:])
+
+
+def _round(value: float, precision: int = 0, method: Any = "common") -> float:
+    _check_bits("**", 10, abs(precision))
+    return do_round(value, precision, method)
+
+
+@pass_eval_context
+def _tojson(context: EvalContext, value: Any) -> str:
+    return do_tojson(context, value)
 
 
 def _finalize(value: Any) -> Any:
@@ -51,4 +148,7 @@ def _finalize(value: Any) -> Any:
 SANDBOX = _Sandbox(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_finalize, optimized=False)
 for name in ("cycler", "joiner", "lipsum"):  # no template needs them, and the last writes at random
     del SANDBOX.globals[name]
-del SANDBOX.filters["random"]
+for name in ("random", *WIDE_FILTERS):
+    del SANDBOX.filters[name]
+BOUNDED: dict[str, Callable[..., Any]] = {"join": _join, "replace": _replace, "round": _round, "tojson": _tojson}
+SANDBOX.filters.update(BOUNDED)

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Template as Compiled
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, meta
 
-from cola_core.data.sandbox import LONGEST, SANDBOX
+from cola_core.data.sandbox import SANDBOX
 from cola_core.errors import UserError, suggest
 
 __all__ = ["Template", "template"]
@@ -45,8 +45,6 @@ class Template:
             raise UserError(f"{place}: {self.key}: {self._reason(row, error)}") from None
         except FAILURES as error:
             raise UserError(f"{place}: {self.key}: fails on this row: {_one_line(error)}") from None
-        if len(text) > LONGEST:
-            raise UserError(f"{place}: {self.key}: makes {len(text):,} characters of this row; at most {LONGEST:,}")
         return text
 
     def columns(self, row: Mapping[str, Any]) -> list[str]:
