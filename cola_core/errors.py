@@ -24,6 +24,7 @@ ELSE = "the system"
 PASSING = {name: who for names, who in ((DISK, "the disk"), (NETWORK, "the network"), (SYSTEM, ELSE)) for name in names}
 
 LONGEST = 2000  # characters of a line; what a file holds may be quoted in it, and a file may hold anything
+SEEN = 10_000  # characters of either end that are looked at
 TAIL = 500  # of them from the end, where it is told what is allowed
 CLOSE = 100  # a longer word is no slip of the pen, and to compare it takes its length squared
 
@@ -32,7 +33,10 @@ class Told(Exception):  # noqa: N818 -- only its kinds are raised
     """What both are: one line without secrets, whatever text was put into it: it ends in logs, states and records."""
 
     def __init__(self, line: object = "") -> None:
-        super().__init__(_one_line(mask(str(line))))
+        text = str(line)
+        if len(text) > 2 * SEEN:  # so much more than is shown that what is cut here, half a secret, is not shown
+            text = text[:SEEN] + text[-SEEN:]
+        super().__init__(_one_line(mask(text)))
 
 
 class UserError(Told):

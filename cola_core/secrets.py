@@ -17,11 +17,12 @@ KEY = (
     r"(?![A-Za-z0-9])"
 )
 SECRET_KEY = re.compile(KEY, re.IGNORECASE)
+# Everything that is printed goes through these, and may be anything: what may begin anywhere is bounded in length.
 # The second form has a slash in its password, which no address may have and many a password has.
-USERINFO = re.compile(r"""(?<=://)(?:[^/\s"'<>]+|[^/\s:@"'<>]*:[^\s"'<>,]*)@""")
+USERINFO = re.compile(r"""(?<=://)(?:[^/\s"'<>]+|[^/\s:@"'<>]*:[^\s"'<>,]{0,1000})@""")
 # `api_key=x` anywhere, in a query too, and `'api_key': 'x'` of a printed mapping; `key: words` is an error line.
 ASSIGNED = re.compile(
-    rf"""({KEY}[\w\-]*(?:["']?\s*=(?!=)|["']\s*:)\s*)("[^"]*"|'[^']*'|[^\s&;,'")\]}}]+)""", re.IGNORECASE
+    rf"""({KEY}[\w\-]{{0,40}}(?:["']?\s*=(?!=)|["']\s*:)\s*)("[^"]*"|'[^']*'|[^\s&;,'")\]}}]+)""", re.IGNORECASE
 )
 HEADER = re.compile(r"""(authorization\W{1,4}(?:\w+ )?)[^\s'"]+""", re.IGNORECASE)
 WITH_PASSWORD = re.compile(r"(?:[\w+.\-]+://)?(?P<user>[^/\s:@]*)(?::(?P<password>\S+))?@\S+")

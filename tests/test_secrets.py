@@ -46,6 +46,26 @@ def test_secrets_are_masked_once_and_for_all(text: str, key: str, wanted: str) -
     assert mask(text, key) == wanted and mask(wanted, key) == wanted
 
 
+LONG = ["token_", "secret_key", "token-", "://:", "://a:", "://", "--token", "token='", "authorization ", "hf_", "= "]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("part", LONG)
+def test_a_long_text_takes_no_longer_than_it_is(part: str) -> None:
+    text = part * (48_000 // len(part))
+    mask(text)
+    assert len(str(UserError(f"two columns are called {text!r}"))) <= 2000
+
+
+@pytest.mark.parametrize("secret", ["https://me:{}@host", "api_key={}", "api_key='{}'", "Authorization: Bearer {}"])
+@pytest.mark.parametrize("before", [1400, 1480, 1495, 7000, 11_990, 15_000])
+@pytest.mark.parametrize("size", [30, 3000])
+def test_a_line_that_is_cut_shows_no_half_of_a_secret(secret: str, before: int, size: int) -> None:
+    told = secret.format("7" * size)
+    for text in ("x" * before + " " + told, told + " " + "x" * (before - 1000)):
+        assert "77" not in str(UserError(text + " " + "y" * 470)) + str(UserError(text + " " + "y" * 20_000))
+
+
 @pytest.mark.parametrize(("text", "key"), PLAIN)
 def test_nothing_else_is(text: str, key: str) -> None:
     assert mask(text, key) == text
