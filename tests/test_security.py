@@ -459,10 +459,15 @@ TEMPLATES = {
     "{{ 1 | round(10 ** 9, 'ceil') }}": "a number of more than 10,000 bits",
     "{{ '%999999999d' % 1 }}": "`%` on a text",
     "{{ '{:>999999999}'.format('') }}": "unsafe",
-    "{{ '%999999999d' | format(1) }}": "No filter named 'format'",
-    "{{ 'x' | center(900000000) }}": "No filter named 'center'",
-    "{{ 'x' | indent(900000000) }}": "No filter named 'indent'",
-    "{{ [1] | batch(900000000, 0) | list }}": "No filter named 'batch'",
+    "{{ '%999999999d' | format(1) }}": "more than 10,000,000",
+    "{{ '%*d' | format(999999999, 1) }}": "a width `*`",
+    "{{ ('%(a)s' * 1000) | format(a='x' * 100000) }}": "more than 10,000,000",
+    "{{ 'x' | center(900000000) }}": "more than 10,000,000",
+    "{{ 'x' | indent(900000000) }}": "more than 10,000,000",
+    "{{ 'x' | indent(width=900000000) }}": "more than 10,000,000",
+    "{{ ('x ' * 100000) | wordwrap(1, wrapstring='y' * 100000) }}": "more than 10,000,000",
+    "{{ [1] | batch(900000000, 2) | list }}": "more than 10,000,000",
+    "{{ [1] | slice(900000000) | list }}": "more than 10,000,000",
     "{{ {} | tojson(indent=900000000) }}": "unexpected keyword argument 'indent'",
     "{{ 'x'.ljust(900000000) }}": "unsafe",
     "{{ 'x'.rjust(900000000) }}": "unsafe",
@@ -494,6 +499,14 @@ def test_an_honest_template_may_count_repeat_and_loop() -> None:
     source = "{{ 2 ** 10 }} {{ 2 ** -1 }} {{ 1.5 * 2 }} {{ '-' * 3 }} {{ 7 % 4 }} {% set n = namespace(x=0) %}"
     source += "{% for i in range(3) %}{% set n.x = n.x + i %}{% endfor %}{{ n.x }}"
     assert template("prepare.prompt", source).render({}, "d:1") == "1024 0.5 3.0 --- 3 3"
+
+
+def test_an_honest_template_may_fill_up() -> None:
+    source = "{{ '%.2f' | format(3.14159) }} {{ '%(a)s-%05d' | format(1) if no else 'x' | center(3) }}|"
+    source += "{{ 'a\nb' | indent(2) }} {{ 'ab cd' | wordwrap(3) }} {{ [1, 2, 3] | batch(2, 0) | list }} "
+    source += "{{ [1, 2, 3] | slice(2) | list }}"
+    made = template("prepare.prompt", source).render({"no": False}, "d:1")
+    assert made == "3.14  x |a\n  b ab\ncd [[1, 2], [3, 0]] [[1, 2], [3]]"
 
 
 def test_an_honest_template_may_join_replace_and_round() -> None:

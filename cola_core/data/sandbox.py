@@ -1,13 +1,17 @@
 """The Jinja that templates run in: it reaches nothing, draws nothing at random, and no expression fills the memory.
 
-Bounded are numbers, what `+`, `*` and `~` make, what is joined, replaced or printed; what makes a text as wide as a
-number says is not there. Not bounded are the time and memory of loops within loops: for a container nested in itself
-again and again, or for `tojson`, `pprint` and `sum` of what they made before.
+Bounded are numbers, what `+`, `*` and `~` make, what is joined, replaced, filled up or printed; of the methods and
+filters that make a text as wide as a number says, the filters alone are there. Not bounded are the time and memory of
+loops within loops: for a container nested in itself again and again, or for `tojson`, `pprint` and `sum` of what they
+made before.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import wraps
 from typing import Any
 
 from jinja2 import (
@@ -21,7 +25,7 @@ from jinja2 import (
 )
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
-from jinja2.filters import do_round, do_tojson, make_attrgetter
+from jinja2.filters import do_format, do_round, do_tojson, make_attrgetter
 from jinja2.nodes import Concat, EvalContext
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -30,9 +34,10 @@ __all__ = ["SANDBOX"]
 
 LONGEST = 1_000_000  # characters of one text, and items of one list
 BITS = 10_000  # of one whole number; Python prints none that is longer
-# Methods and filters that make as much as a number or a table says. Bytes are for `decode` alone.
+WORK = 10 * LONGEST  # characters or items that a filter makes at most
+# Methods that make as much as a number or a table says. Bytes are for `decode` alone.
 WIDE = {"center", "encode", "expandtabs", "format", "format_map", "ljust", "rjust", "to_bytes", "translate", "zfill"}
-WIDE_FILTERS = ("batch", "center", "format", "indent", "slice", "wordwrap")
+WIDE_FILTERS = ("batch", "center", "indent", "slice", "wordwrap")
 
 
 class _Code(CodeGenerator):
@@ -60,7 +65,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             SecurityError: it would.
         """
         if operator == "%" and isinstance(left, str | bytes):
-            raise SecurityError("`%` on a text; `~` joins, and `round` shortens a number")
+            raise SecurityError("`%` on a text; `~` joins, and `'%.2f' | format(x)` shortens a number")
         if isinstance(left, int) and isinstance(right, int):
             _check_bits(operator, left, right)
         elif operator == "+" and isinstance(left, Sized) and isinstance(right, Sized):
@@ -98,9 +103,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return "".join(made)
 
 
-def _check(size: int) -> None:
-    if size > LONGEST:
-        raise SecurityError(f"more than {LONGEST:,} characters or items")
+def _check(size: int, most: int = LONGEST) -> None:
+    if size > most:
+        raise SecurityError(f"more than {most:,} characters or items")
 
 
 def _check_bits(operator: str, left: int, right: int) -> None:
@@ -127,6 +132,28 @@ def _round(value: float, precision: int = 0, method: Any = "common") -> float:
     return do_round(value, precision, method)
 
 
+def _format(value: Any, *args: Any, **options: Any) -> str:
+    """`'%.2f' | format(x)`, with widths that are written out."""
+    text = str(value)
+    if "*" in text:
+        raise SecurityError("a width `*`; write the number")
+    widths = [int(number) for number in re.findall(r"\d{1,9}", text)]
+    _check(text.count("%") * max([*widths, *(len(str(one)) for one in (*args, *options.values()))], default=0), WORK)
+    return do_format(value, *args, **options)
+
+
+def _filled(filled: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of Jinja's that makes at most as much as its two largest arguments multiplied."""
+
+    @wraps(filled)
+    def bounded(*args: Any, **options: Any) -> Any:
+        sizes = [len(one) if isinstance(one, Sized) else one for one in (*args, *options.values())]
+        _check(math.prod(sorted(size for size in sizes if isinstance(size, int))[-2:]), WORK)
+        return filled(*args, **options)
+
+    return bounded
+
+
 @pass_eval_context
 def _tojson(context: EvalContext, value: Any) -> str:
     return do_tojson(context, value)
@@ -148,7 +175,7 @@ def _finalize(value: Any) -> Any:
 SANDBOX = _Sandbox(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_finalize, optimized=False)
 for name in ("cycler", "joiner", "lipsum"):  # no template needs them, and the last writes at random
     del SANDBOX.globals[name]
-for name in ("random", *WIDE_FILTERS):
-    del SANDBOX.filters[name]
-BOUNDED: dict[str, Callable[..., Any]] = {"join": _join, "replace": _replace, "round": _round, "tojson": _tojson}
+del SANDBOX.filters["random"]
+BOUNDED: dict[str, Callable[..., Any]] = {name: _filled(SANDBOX.filters[name]) for name in WIDE_FILTERS}
+BOUNDED |= {"format": _format, "join": _join, "replace": _replace, "round": _round, "tojson": _tojson}
 SANDBOX.filters.update(BOUNDED)
