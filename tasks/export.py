@@ -30,11 +30,7 @@ def export(directory: Path, form: str) -> Path:
         raise UserError(f"export: no form {form!r}{suggest(form, FORMS)}")
     source = ARTIFACTS / "merge" / form
     if not source.is_dir():
-        if (
-            form != "checkpoint"
-            and source.parent.is_dir()
-            and not any(one["kept"] for one in read_chain_json()["links"])
-        ):
+        if form != "checkpoint" and source.parent.is_dir() and not any(k["kept"] for k in read_chain_json()["links"]):
             raise UserError(f"{source}: not there: no link was kept, so the chain is the base and has no adapter")
         raise UserError(f"{source}: not there; set merge.{form}: true in params.yaml and run `dvc repro merge`")
     if directory.exists():
