@@ -40,10 +40,13 @@ PROFILE = ProfileConfig(
 )  # fmt: skip
 
 
+CACHE = tempfile.TemporaryDirectory(prefix="cola-test-cache-")
+
+
 @functools.cache
 def base_of(family: str) -> Path:
     """The tiny base of a family, made once per test process in a cache of its own."""
-    os.environ["COLA_CACHE"] = tempfile.mkdtemp(prefix="cola-test-cache-")
+    os.environ["COLA_CACHE"] = CACHE.name
     try:
         return base_folder(f"tiny:{family}", None, KINDS[family])
     finally:
