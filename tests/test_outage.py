@@ -250,6 +250,7 @@ def test_a_broken_mlflow_stops_no_link(
 
 def test_a_stop_does_not_wait_for_a_silent_mlflow(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")  # half as long as a link that ends well has patience
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -257,11 +258,9 @@ def test_a_stop_does_not_wait_for_a_silent_mlflow(checkout: Path, monkeypatch: p
         with pytest.raises(KeyboardInterrupt), Live(_link()) as live:
             live.step(1, {"loss": 1.0})
             asked, thread = silent.accept()[0], live._thread
-            began = time.monotonic()
             raise KeyboardInterrupt
-        assert time.monotonic() - began < 5.0
+        assert thread is not None and thread.is_alive(), "it still asks"
         asked.close()
-    assert thread
     thread.join(60)
 
 
