@@ -96,7 +96,9 @@ class Life:
     def _due(self, trigger: Trigger, log: Path) -> bool:
         if trigger.text:
             return bool(re.search(trigger.text, log.read_text(errors="replace")))
-        return bool(trigger.files) and next(self.folder.glob(trigger.files), None) is not None
+        with suppress(FileNotFoundError):  # a folder went while it was looked through
+            return bool(trigger.files) and next(self.folder.glob(trigger.files), None) is not None
+        return False
 
     def _environment(self) -> dict[str, str]:
         temporary = self.folder.parent / "tmp"
