@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from cola_core.errors import RetryError, UserError
 from cola_core.sealed import write_sealed
 from flows.cli import main
 from flows.sizes import sizes
+from tasks.sync import NEEDED
 
 HEAVY = {"torch", "transformers", "prefect", "mlflow", "dvc", "datasets", "hydra", "pandas", "pyarrow", "numpy"}
 COMMANDS = ("plan", "run", "serve", "ui", "inspect", "export", "chain", "sync", "clean", "adopt")
@@ -132,7 +134,8 @@ def test_clean_removes_nothing_whose_files_mlflow_does_not_have_yet(tmp_path: Pa
     workspace.with_name("done.lock").write_text("finished")
     record = root / ".cola" / "records" / "fetch-1.json"
     record.parent.mkdir()
-    record.write_text('{"id": "1", "started": "2026-01-01T00:00:00+00:00", "experiment": "e"}')
+    told = {"id": "1", "started": "2026-01-01T00:00:00+00:00", "experiment": "e"}
+    record.write_text(json.dumps(dict.fromkeys(NEEDED, []) | told))
     away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     command = [sys.executable, "-m", "flows.cli", "clean"]
     done = subprocess.run(command, cwd=root, env=variables(root, **away), capture_output=True, text=True, check=False)
