@@ -135,7 +135,7 @@ def test_clean_removes_nothing_whose_files_mlflow_does_not_have_yet(tmp_path: Pa
     record = root / ".cola" / "records" / "fetch-1.json"
     record.parent.mkdir()
     told = {"id": "1", "started": "2026-01-01T00:00:00+00:00", "experiment": "e"}
-    record.write_text(json.dumps(dict.fromkeys(NEEDED, []) | told))
+    record.write_text(json.dumps({key: [] for key in NEEDED} | told))
     away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     command = [sys.executable, "-m", "flows.cli", "clean"]
     done = subprocess.run(command, cwd=root, env=variables(root, **away), capture_output=True, text=True, check=False)
