@@ -1,6 +1,7 @@
 """Mend what a killed DVC leaves: it writes dvc.lock and its table of locks in place, where a kill cuts them off.
 
-Nothing is lost with them: DVC's run cache restores every stage that dvc.lock told of.
+Nothing is lost with them: DVC's run cache restores every stage that dvc.lock told of. A folder of that cache which was
+made and not yet filled would fail its stage ever after.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def _broken(root: Path) -> Iterator[Path]:
             yield path
     yield from filter(Path.is_file, _below(root / "artifacts", ".*.tmp"))
     shared = list(filter(Path.is_file, _below(root / ".dvc/cache", ".*.tmp")))
-    if shared and not _others_at_work(root):
-        yield from shared
+    barren = [folder for folder in (root / ".dvc/cache/runs").glob("*/*/") if set(folder.iterdir()) <= set(shared)]
+    if (shared or barren) and not _others_at_work(root):
+        yield from [*shared, *barren]
 
 
 def _below(place: Path, pattern: str) -> Iterator[Path]:
@@ -119,7 +121,7 @@ def _remove(path: Path, root: Path) -> str:
         (root / ASIDE).parent.mkdir(parents=True, exist_ok=True)
         path.replace(root / ASIDE)
         return f"moved {what}, to {ASIDE}"
-    path.unlink(missing_ok=True)
+    path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
     return f"removed {what}"
 
 

@@ -23,6 +23,7 @@ from flows.child import Dvc, environment
 from flows.clean import trim
 from flows.compose import choices, compose
 from flows.graph import Stage, outline
+from flows.mend import mend
 from flows.server import only_shown, reported, stoppable
 from flows.slots import pool_size, slot
 from flows.snapshot import checkout, runs, snapshot, unpacked
@@ -81,6 +82,8 @@ def _attempt(picks: Mapping[str, str | None], changes: list[str], committed: boo
     try:
         with system_told():
             root = checkout()
+            for line in mend(root):
+                get_run_logger().info(line)
             tree = snapshot(root, committed)
             with unpacked(root, tree, "conf", "params.yaml") as folder:
                 text = compose(folder, picks, changes)

@@ -59,6 +59,21 @@ def test_a_cut_off_table_of_locks_and_temporaries_are_removed(project: Path) -> 
     _dvc_repro(project)
 
 
+def test_an_entry_of_the_run_cache_that_was_not_filled_is_removed(project: Path) -> None:
+    """DVC takes any folder there for one that holds a run, and fails the stage of that name."""
+    _dvc_repro(project)
+    (project / "dvc.lock").unlink()
+    made = sorted((project / ".dvc/cache/runs").glob("*/*/"))
+    for folder in made:
+        for file in folder.iterdir():
+            file.unlink()
+    (made[0] / ".AbC.tmp").touch()
+    with pytest.raises(subprocess.CalledProcessError):
+        _dvc_repro(project)
+    assert len(mend(project)) == len(made) + 1 and mend(project) == []
+    _dvc_repro(project)
+
+
 def test_a_run_mends_its_own_workspace_beside_others(project: Path) -> None:
     with opened(project, snapshot(project), _params(project), TITLE) as workspace:
         left = workspace.path / "artifacts/links/1/.AbC.tmp"

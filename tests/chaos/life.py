@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from cola_core.config.base import read_yaml
-from tests.chaos.triggers import ANY, Trigger, trigger
+from tests.chaos.triggers import ANY, Trigger, somewhere, trigger
 from tests.tiny import environment
 
 __all__ = ["STAGES", "Life", "misplaced"]
@@ -48,10 +48,15 @@ class Life:
         """Kill up to `most` times, then let it end; `flows`: the share of `cola run`, twice that in the end."""
         while len(self.kills) < most and not self.failures:
             command = FLOW if self.draw.random() < flows else MAKE
-            if not self._start(command, trigger(self.draw, self.slow, self._steps(), self._ahead())):
+            if not self._start(command, self._next()):
                 break
         if not self.failures:
             self._end(by_flow=self.draw.random() < 2 * flows)
+
+    def _next(self) -> Trigger:
+        if not self.kills:
+            return somewhere(self.draw, STAGES, PATIENCE)
+        return trigger(self.draw, self.slow, self._steps(), self._ahead())
 
     def _end(self, by_flow: bool) -> None:
         """Let the command end; a flow's results are then brought to the checkout."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["ANY", "Trigger", "trigger"]
+__all__ = ["ANY", "Trigger", "somewhere", "trigger"]
 
 ANY = "any instant"
 
@@ -46,8 +46,8 @@ def trigger(draw: random.Random, slow: float, steps: int, ahead: Collection[str]
         Trigger("in a step", "link", r"link@\d: \d+/", after=draw.uniform(0.0, 1.0), latest=soon),
         Trigger("at a knot", "link", f" {steps}/{steps} ", after=draw.uniform(0.0, 0.8), latest=soon),
         Trigger("in merge", "merge", "Running stage 'merge'", after=draw.uniform(0.5, 8.0), latest=soon),
-        Trigger("while tables are made", files=".mlflow.db.*.cola-tmp", after=draw.uniform(0.0, 5.0), latest=15.0),
-        Trigger("in sync", text="-m tasks.sync", after=draw.uniform(0.0, 8.0), latest=15.0),
+        Trigger("while tables are made", "link", "", ".mlflow.db.*.cola-tmp", draw.uniform(0.0, 5.0), soon),
+        Trigger("in sync", "register", "-m tasks.sync", after=draw.uniform(0.0, 8.0), latest=2 * soon),
         Trigger(
             "between file and MLflow",
             "register",
@@ -58,3 +58,9 @@ def trigger(draw: random.Random, slow: float, steps: int, ahead: Collection[str]
     ]
     found = draw.choice([kind for kind in kinds if not kind.stage or kind.stage in ahead])
     return replace(found, after=found.after * slow, latest=found.latest * slow)
+
+
+def somewhere(draw: random.Random, stages: Sequence[str], patience: float) -> Trigger:
+    """The first kill of a life, in any of its stages: with near ones alone, few lives would come to the last."""
+    text = f"Running stage '{draw.choice(stages)}'"
+    return Trigger(ANY, text=text, after=draw.uniform(0.0, 5.0), latest=patience)
