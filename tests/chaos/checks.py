@@ -54,13 +54,14 @@ def outcome(root: Path, cache: str) -> Outcome:
     command = [sys.executable, "-m", "dvc", "repro", "--dry"]
     dry = subprocess.run(command, cwd=root, env=environment(cache), capture_output=True, text=True, check=True).stdout
     due = ", ".join(line.split("'")[1] for line in dry.splitlines() if line.startswith("Running stage"))
-    return Outcome(hashes(root) | _files(root), [str(path) for path in left], states, int(versions), due)
+    outs = hashes(root)
+    return Outcome(outs | _files(root, outs), [str(path) for path in left], states, int(versions), due)
 
 
-def _files(root: Path) -> dict[str, str]:
+def _files(root: Path, outs: dict[str, str]) -> dict[str, str]:
     """Path -> hash of every file in an out that is a folder."""
     found = {}
-    for name, value in hashes(root).items():
+    for name, value in outs.items():
         listing = root / ".dvc/cache/files/md5" / value[:2] / value[2:]
         if value.endswith(".dir") and listing.exists():
             found.update({f"{name}/{file['relpath']}": file["md5"] for file in json.loads(listing.read_text())})
