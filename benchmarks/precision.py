@@ -12,8 +12,10 @@ from benchmarks.setting import Setting
 from cola_core.chain import write_link
 from cola_core.config.recipe import MachineConfig, ScheduleConfig
 from cola_core.evaluation.answers import answer
+from cola_core.job import LinkJob
+from cola_core.knot import open_chain
 from cola_core.lineage import Link, read_chain
-from cola_core.links import LinkJob, open_chain, run_link
+from cola_core.links import run_link
 from cola_core.root import base_manifest, write_root
 from cola_core.targets import select_targets
 from cola_core.train import mean_loss

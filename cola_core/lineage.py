@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from cola_core.checksums import check_hashes
 from cola_core.config.base import Strict, parse
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
-from cola_core.sealed import check_hashes, read_sealed
+from cola_core.sealed import read_sealed
 
 if TYPE_CHECKING:
     from cola_core.adapter_files import Adapter

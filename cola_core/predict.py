@@ -11,6 +11,7 @@ import torch
 
 from cola_core.assets.base import base_folder, find_base
 from cola_core.chain import tie
+from cola_core.checksums import inside
 from cola_core.config.base import parse
 from cola_core.config.recipe import MachineConfig
 from cola_core.config.task import PrepareConfig
@@ -24,7 +25,7 @@ from cola_core.lineage import read_chain
 from cola_core.models import load_base, place
 from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
-from cola_core.sealed import inside, read_sealed
+from cola_core.sealed import read_sealed
 
 __all__ = ["Predictor"]
 

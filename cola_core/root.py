@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cola_core.checksums import check_files
 from cola_core.files import new_dir, tree_hash
-from cola_core.sealed import check_files, read_sealed, write_sealed
+from cola_core.sealed import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from torch import Tensor

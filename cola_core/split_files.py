@@ -7,9 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, overload
 
+from cola_core.checksums import checksum
 from cola_core.errors import UserError
 from cola_core.rows import Row
-from cola_core.sealed import checksum, damaged
+from cola_core.sealed import damaged
 
 __all__ = ["Split", "read_rows", "write_rows"]
 

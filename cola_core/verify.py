@@ -10,15 +10,15 @@ import torch
 from pydantic import Field
 
 from cola_core.axes.bases import BASES
+from cola_core.checksums import check_hashes
 from cola_core.config.base import Strict, parse
 from cola_core.config.recipe import MachineConfig
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
+from cola_core.knot import open_chain, sample_scores
 from cola_core.lineage import read_chain
-from cola_core.links import open_chain, sample_scores
 from cola_core.root import base_manifest
 from cola_core.rows import Task
-from cola_core.sealed import check_hashes
 from cola_core.split_files import read_rows
 
 __all__ = ["Verdict", "verify_chain"]

@@ -37,7 +37,7 @@ def answers_of(context: Context, name: str, chain: Sequence[Link], task: Task, r
     from cola_core.config.report import EvaluateConfig
     from cola_core.data.tokens import open_tokenizer
     from cola_core.evaluation.answers import answer
-    from cola_core.links import open_chain
+    from cola_core.knot import open_chain
 
     config = context.section(EvaluateConfig, "evaluate")
     objective = open_chain(BASE, chain, task, context.section(MachineConfig, "machine"))

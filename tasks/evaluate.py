@@ -19,6 +19,7 @@ OUT, MERGE, EVALUATE_BASE = ARTIFACTS / "evaluate", ARTIFACTS / "merge", ARTIFAC
 
 def main(context: Context) -> Done:
     """Write metrics.json, predictions.arrow, the plots' tables, figures and report.html."""
+    from cola_core.checksums import check_files, seal_folder
     from cola_core.config.report import EvaluateConfig
     from cola_core.evaluation.answers import write_predictions
     from cola_core.evaluation.metrics import summary
@@ -26,7 +27,6 @@ def main(context: Context) -> Done:
     from cola_core.evaluation.scoreboard import scoreboard
     from cola_core.files import new_dir, read_json, write_json
     from cola_core.lineage import read_chain
-    from cola_core.sealed import check_files, seal_folder
 
     config, seed = context.section(EvaluateConfig, "evaluate"), context.value("seed")
     task, rows = test_sample(context)

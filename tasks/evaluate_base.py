@@ -13,12 +13,12 @@ OUT = ARTIFACTS / "evaluate_base"
 
 def main(context: Context) -> Done:
     """Write metrics.json and predictions.arrow; the same for every recipe."""
+    from cola_core.checksums import seal_folder
     from cola_core.config.report import EvaluateConfig
     from cola_core.evaluation.answers import write_predictions
     from cola_core.evaluation.metrics import majority, summary
     from cola_core.files import new_dir, write_json
     from cola_core.lineage import read_chain
-    from cola_core.sealed import seal_folder
     from cola_core.split_files import read_rows
 
     config, seed = context.section(EvaluateConfig, "evaluate"), context.value("seed")

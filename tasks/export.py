@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from cola_core.checksums import check_files
 from cola_core.errors import UserError, suggest
 from cola_core.files import new_dir
-from cola_core.sealed import check_files
+from tasks.card import card, chain_json
 from tasks.context import open_context
 from tasks.places import ARTIFACTS
-from tasks.release import card, read_chain_json
 
 __all__ = ["FORMS", "export"]
 
@@ -30,7 +30,7 @@ def export(directory: Path, form: str) -> Path:
         raise UserError(f"export: no form {form!r}{suggest(form, FORMS)}")
     source = ARTIFACTS / "merge" / form
     if not source.is_dir():
-        if form != "checkpoint" and source.parent.is_dir() and not any(k["kept"] for k in read_chain_json()["links"]):
+        if form != "checkpoint" and source.parent.is_dir() and not any(k["kept"] for k in chain_json()["links"]):
             raise UserError(f"{source}: not there: no link was kept, so the chain is the base and has no adapter")
         raise UserError(f"{source}: not there; set merge.{form}: true in params.yaml and run `dvc repro merge`")
     if directory.exists():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from cola_core.assets.base import base_folder
 from cola_core.assets.references import opened
+from cola_core.checksums import seal_folder
 from cola_core.config.task import AssetConfig, FetchConfig
 from cola_core.errors import UserError, suggest
 from cola_core.files import new_dir
-from cola_core.sealed import seal_folder
 from tasks.context import Context, Done
 from tasks.places import ARTIFACTS
 from tasks.stage import run

@@ -17,7 +17,7 @@ from tasks.resume import resume_folder
 from tasks.stage import run
 
 if TYPE_CHECKING:
-    from cola_core.links import LinkJob
+    from cola_core.job import LinkJob
 
 RETRIES = 2  # only exit code 75 is tried again
 BASE, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare"
@@ -67,8 +67,8 @@ def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]
     from functools import partial
 
     from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
+    from cola_core.job import LinkJob
     from cola_core.lineage import read_chain
-    from cola_core.links import LinkJob
     from cola_core.rows import Task
     from cola_core.sealed import read_sealed
     from cola_core.split_files import read_rows
@@ -100,7 +100,7 @@ def _probe_tokens(context: Context, profile: Path) -> int:
 
 
 def _sketches(profile: Path) -> dict[str, Any]:
-    from cola_core.sealed import check_files
+    from cola_core.checksums import check_files
     from cola_core.tensors import load_tensors
 
     check_files(profile)

@@ -21,12 +21,13 @@ BASE, TASK = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare/task.json"
 
 def main(context: Context) -> Done:
     """Write chain.json and, where asked, the merged checkpoint, the flat and the portable adapter."""
+    from cola_core.checksums import seal_folder
     from cola_core.config.recipe import MachineConfig
     from cola_core.config.report import MergeConfig
     from cola_core.export import chain_manifest, flat_adapter, portable_adapter, write_flat
     from cola_core.files import new_dir
     from cola_core.lineage import read_chain
-    from cola_core.sealed import seal_folder, write_sealed
+    from cola_core.sealed import write_sealed
 
     config, machine = context.section(MergeConfig, "merge"), context.section(MachineConfig, "machine")
     last = link_dir(context.value("final"))

@@ -26,12 +26,12 @@ def data_file(stem: str) -> Path | None:
 
 def main(context: Context) -> Done:
     """Write artifacts/prepare; nothing of it depends on time, host or the order of a dictionary."""
+    from cola_core.checksums import check_files
     from cola_core.data.encode import Codec, encode
     from cola_core.data.examples import read_examples
     from cola_core.data.prepared import write_prepared
     from cola_core.data.splits import split
     from cola_core.files import new_dir
-    from cola_core.sealed import check_files
 
     config, seed = context.section(PrepareConfig, "prepare"), context.value("seed")
     train, test = data_file("train"), data_file("test")

@@ -14,10 +14,11 @@ BASE, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare"
 
 def main(context: Context) -> Done:
     """Write profile.json and sketch.safetensors; without a probe only the modules' names and shapes, and no torch."""
+    from cola_core.checksums import seal_folder
     from cola_core.config.recipe import ProfileConfig
     from cola_core.files import new_dir
     from cola_core.root import base_manifest
-    from cola_core.sealed import seal_folder, write_sealed
+    from cola_core.sealed import write_sealed
     from cola_core.targets import select_targets
 
     assert context.key, "profile runs for one link"

@@ -18,9 +18,10 @@ def main(context: Context) -> Done:
     from cola_core.files import new_dir
     from cola_core.sealed import write_sealed
     from cola_core.secrets import mask
+    from tasks.card import card
     from tasks.places import ARTIFACTS
     from tasks.publish import ALIAS, publish
-    from tasks.release import FOLDER, card, gather, registration
+    from tasks.release import FOLDER, gather, registration
     from tasks.store import locked, open_store
     from tasks.sync import sync
 

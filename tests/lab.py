@@ -15,8 +15,10 @@ from torch import Tensor
 from cola_core.assets.base import base_folder
 from cola_core.chain import write_link
 from cola_core.config.recipe import LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
+from cola_core.job import LinkJob
+from cola_core.knot import open_chain
 from cola_core.lineage import Link, read_chain
-from cola_core.links import LinkJob, open_chain, run_link
+from cola_core.links import run_link
 from cola_core.models import adaptable, head_parameters, weight_shape
 from cola_core.root import write_root
 from cola_core.rows import Row, Task

@@ -19,7 +19,8 @@ from cola_core.config.base import read_yaml
 from cola_core.config.params import Params, check_params
 from cola_core.errors import UserError
 from cola_core.evaluation.answers import answer
-from cola_core.links import KNOT_ROWS, open_chain, run_link
+from cola_core.knot import KNOT_ROWS, open_chain
+from cola_core.links import run_link
 from cola_core.probe import probe
 from cola_core.rows import Row
 from cola_core.sealed import write_sealed

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from cola_core.checkpoints import Progress, load_checkpoint, save_checkpoint
+from cola_core.checksums import check_files, inside, seal_folder
 from cola_core.errors import RetryError, UserError
 from cola_core.export import chain_manifest, flat_adapter, write_flat
 from cola_core.files import SUFFIX, new_dir, new_file, read_json, scratch, sweep, write_json
 from cola_core.lineage import check_manifest, read_chain
 from cola_core.models import load_base, save_merged
 from cola_core.rows import Task
-from cola_core.sealed import FORMATS, check_files, inside, read_sealed, seal_folder, write_sealed
+from cola_core.sealed import FORMATS, read_sealed, write_sealed
 from cola_core.split_files import read_rows, write_rows
 from tests.lab import FP32, base_of, chain_of, model_of, rows_of, task_of
 

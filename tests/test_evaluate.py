@@ -21,7 +21,7 @@ from cola_core.errors import UserError
 from cola_core.evaluation.answers import answer, normalise, sample, write_predictions
 from cola_core.evaluation.metrics import STATISTICS, confusion, majority, summary
 from cola_core.head import fit_head
-from cola_core.links import open_chain
+from cola_core.knot import open_chain
 from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
 from tests.lab import FAMILIES, FP32, FP64, KINDS, base_of, root_of, rows_of, task_of

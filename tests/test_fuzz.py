@@ -16,13 +16,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cola_core.checksums import seal_folder
 from cola_core.config.base import load_yaml, parse
 from cola_core.config.params import check_params
 from cola_core.config.task import PrepareConfig
 from cola_core.data.tables import read_table
 from cola_core.data.templates import template
 from cola_core.errors import RetryError, UserError
-from cola_core.sealed import seal_folder
 from tasks import prepare
 from tasks.context import Context
 from tests.chaos import fuzz, readers, rows

@@ -49,6 +49,11 @@ def test_training_depends_on_no_evaluation_export_or_report(stage: str, code: di
     assert not {Path(file).stem for file in code[stage]} & later
 
 
+@pytest.mark.parametrize("stage", ["evaluate_base", "evaluate"])
+def test_evaluation_depends_on_no_training(stage: str, code: dict[str, list[str]]) -> None:
+    assert not {Path(file).stem for file in code[stage]} & {"train", "links", "checkpoints", "health", "initialisers"}
+
+
 def test_the_real_graph_has_the_chains_links_in_order() -> None:
     names = [stage.name for stage in stages(REPOSITORY)]
     chain = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["chain"]

@@ -18,8 +18,9 @@ from cola_core.chain import head_of, tie, write_link
 from cola_core.errors import UserError
 from cola_core.export import chain_manifest
 from cola_core.files import tree_hash
+from cola_core.knot import open_chain
 from cola_core.lineage import read_chain
-from cola_core.links import initial_pairs, open_chain, run_link
+from cola_core.links import initial_pairs, run_link
 from cola_core.rows import order
 from cola_core.seeds import derive
 from tests.lab import (

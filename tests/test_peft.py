@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from cola_core.axes.schedules import learning_rate_factor
 from cola_core.errors import UserError
 from cola_core.export import flat_adapter, portable_adapter, write_flat
-from cola_core.links import initial_pairs, open_chain, run_link
+from cola_core.knot import open_chain
+from cola_core.links import initial_pairs, run_link
 from cola_core.rows import order
 from cola_core.seeds import derive
 from tests.lab import FAMILIES, FP32, KINDS, base_of, chain_of, job_of, logits_of, model_of, root_of, rows_of

@@ -14,13 +14,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from cola_core.assets.tiny import build_tiny
+from cola_core.checksums import checksum, seal_folder
 from cola_core.config.base import parse, read_yaml
 from cola_core.config.task import PrepareConfig
 from cola_core.data.inspection import inspect_file
 from cola_core.errors import UserError
 from cola_core.files import tree_hash
 from cola_core.rows import Row
-from cola_core.sealed import checksum, seal_folder, write_sealed
+from cola_core.sealed import write_sealed
 from cola_core.split_files import MARK, read_rows
 from tasks import prepare
 from tasks.context import Context

@@ -21,7 +21,8 @@ from cola_core.axes.parametrisations import PARAMETRISATIONS
 from cola_core.config.recipe import AllocateConfig
 from cola_core.errors import UserError
 from cola_core.gap import frank_wolfe_gap
-from cola_core.links import initial_pairs, open_chain
+from cola_core.knot import open_chain
+from cola_core.links import initial_pairs
 from cola_core.models import adaptable, weight_shape
 from cola_core.probe import probe
 from cola_core.reduction import IMPORTANCE, Reducer

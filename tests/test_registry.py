@@ -22,6 +22,7 @@ from cola_core.adapter_files import Adapter
 from cola_core.adapters import Pair
 from cola_core.assets.base import base_folder, find_base
 from cola_core.chain import head_of, write_link
+from cola_core.checksums import seal_folder
 from cola_core.config.base import read_yaml
 from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
@@ -29,13 +30,14 @@ from cola_core.files import read_json, write_json
 from cola_core.lineage import read_chain
 from cola_core.models import adaptable, load_base, weight_shape
 from cola_core.root import write_root
-from cola_core.sealed import read_sealed, seal_folder, write_sealed
+from cola_core.sealed import read_sealed, write_sealed
 from tasks import merge, prepare, register
+from tasks.card import card
 from tasks.context import Context, Done
 from tasks.export import export
 from tasks.places import ARTIFACTS, link_dir, main_checkout
 from tasks.records import record
-from tasks.release import card, pack, read_release
+from tasks.release import pack, read_release
 from tasks.store import open_store
 from tasks.sync import sync
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cola_core.links import open_chain
+from cola_core.knot import open_chain
 from cola_core.models import adaptable
 from cola_core.packing import use_packing
 from cola_core.rows import Row

@@ -15,13 +15,14 @@ import torch
 from torch.nn import Parameter
 
 from cola_core.checkpoints import load_checkpoint
+from cola_core.checksums import check_files
 from cola_core.config.base import read_yaml
 from cola_core.config.params import check_params
 from cola_core.errors import UserError
 from cola_core.lineage import read_chain
 from cola_core.root import check_base
 from cola_core.rows import Task
-from cola_core.sealed import FORMATS, check_files, read_sealed
+from cola_core.sealed import FORMATS, read_sealed
 from tasks.places import main_checkout
 from tasks.sync import _read, sync
 

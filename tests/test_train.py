@@ -14,8 +14,9 @@ from cola_core.adapters import LoRA, attach, detach
 from cola_core.chain import head_of, write_link
 from cola_core.config.recipe import MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
+from cola_core.knot import open_chain
 from cola_core.lineage import read_chain
-from cola_core.links import initial_pairs, open_chain, run_link
+from cola_core.links import initial_pairs, run_link
 from cola_core.sealed import write_sealed
 from cola_core.split_files import write_rows
 from cola_core.verify import verify_chain

@@ -13,9 +13,10 @@ from typing import Any
 from cola_core.assets.cache import cache_root, locked
 from cola_core.assets.hub import MODEL_FILES
 from cola_core.assets.references import opened
+from cola_core.checksums import check_hashes, checksum
 from cola_core.errors import UserError, suggest
 from cola_core.files import new_dir, read_json, tree_hash
-from cola_core.sealed import checksum, read_sealed, write_sealed
+from cola_core.sealed import read_sealed, write_sealed
 
 __all__ = ["base_folder", "find_base", "keep_base"]
 
@@ -93,14 +94,11 @@ def _content(source: Path) -> str:
 
 
 def _whole(folder: Path) -> bool:
-    manifest = folder / "cola.json"
-    if not manifest.is_file():
-        return False
     try:
-        files = read_sealed(manifest, "base")["files"]
+        check_hashes(folder, read_sealed(folder / "cola.json", "base")["files"], tree_hash)
     except UserError:
-        return False  # damaged, or of another version: it is made anew
-    return all((folder / name).is_file() and tree_hash(folder / name) == digest for name, digest in files.items())
+        return False  # missing, damaged, or of another version: it is made anew
+    return True
 
 
 def _make(source: Path, folder: Path, asset: str, kind: str) -> None:

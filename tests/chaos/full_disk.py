@@ -21,11 +21,12 @@ from torch.nn import Parameter
 
 from cola_core.chain import write_link
 from cola_core.checkpoints import Progress, save_checkpoint
+from cola_core.checksums import seal_folder
 from cola_core.errors import RetryError, UserError, of_the_system
 from cola_core.evaluation.answers import Answers, write_predictions
 from cola_core.files import new_dir, write_json
 from cola_core.models import load_base, save_merged
-from cola_core.sealed import seal_folder, write_sealed
+from cola_core.sealed import write_sealed
 from cola_core.split_files import write_rows
 from cola_core.tensors import save_tensors
 from tasks.context import Context, Done
