@@ -74,21 +74,22 @@ def test_a_loss_that_stays_above_its_start_stops_the_link(start: float, later: f
 
 def test_a_link_that_really_diverges_stops_and_the_chain_before_it_stays(tmp_path: Path) -> None:
     chain = chain_of("bert", tmp_path, 1, FP32)
-    job = job_of("bert", chain, FP32, steps=60, validate_every=60, **FAST)
+    fast = {**FAST, "learning_rate": 0.2}  # at 3 it depends on the processor which step is not even finite
+    job = job_of("bert", chain, FP32, steps=60, validate_every=60, **fast)
     with pytest.raises(UserError, match=r"link 2, step \d+: diverged"):
         run_link(job)
     assert [link.hash for link in read_chain(chain[-1].folder)] == [link.hash for link in chain]
 
 
 def test_a_knot_that_would_change_the_model_is_not_tied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cola_core import links
+    from cola_core import knot
 
-    tie_well = links.add_pair
+    tie_well = knot.add_pair
 
     def tie_badly(module: Any, pair: Any) -> float:
         return tie_well(module, pair) + tie_well(module, pair)
 
-    monkeypatch.setattr(links, "add_pair", tie_badly)
+    monkeypatch.setattr(knot, "add_pair", tie_badly)
     with pytest.raises(UserError, match=r"link 1, after step 6: merging it moves a score .*learning_rate is 0.005"):
         run_link(job_of("llama", root_of("llama", tmp_path), FP32))
 

@@ -12,7 +12,7 @@ import torch
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from cola_core import links
+from cola_core import knot
 from cola_core.adapters import attach
 from cola_core.chain import head_of, tie, write_link
 from cola_core.errors import UserError
@@ -124,12 +124,12 @@ def test_law_2_tying_a_knot_changes_no_logit(family: str, tmp_path: Path, machin
 
 
 def test_law_2_a_discontinuous_knot_stops_the_run(family: str, tmp_path: Path, monkeypatch: Any) -> None:
-    honest = links.add_pair
+    honest = knot.add_pair
 
     def forgetful(module: Any, pair: Any) -> float:
         return honest(module, type(pair)(pair.a, 0.9 * pair.b, pair.scale))
 
-    monkeypatch.setattr(links, "add_pair", forgetful)
+    monkeypatch.setattr(knot, "add_pair", forgetful)
     with pytest.raises(UserError, match="merging it moves a score"):
         run_link(job_of(family, root_of(family, tmp_path), learning_rate=0.05))
 

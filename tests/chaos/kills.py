@@ -29,9 +29,9 @@ from tests.tiny import hashes
 __all__ = ["main"]
 
 
-def _undisturbed(folder: Path) -> Outcome:
+def _undisturbed(project: Path, cache: str) -> Outcome:
     """What a run that nobody disturbs comes to."""
-    life = Life(prepare(folder / "project"), str(folder / "cache"), random.Random(0))
+    life = Life(project, cache, random.Random(0))
     life.live(0, flows=0.0)
     if life.failures:
         raise SystemExit(f"the undisturbed run failed: {life.failures[0]}")
@@ -64,7 +64,7 @@ def main(
 
 def _lives(folder: Path, kills: int, seed: int, each: int, flows: float, jobs: int) -> Iterator[tuple[Life, list[str]]]:
     """So many kills on the tiny model; each life as it ends, with what was wrong with it."""
-    wanted = _undisturbed(folder / "undisturbed")
+    wanted = _undisturbed(prepare(folder / "undisturbed/project"), str(folder / "undisturbed/cache"))
     done, lives, numbers = 0, set[Future[tuple[Life, list[str]]]](), count(1)
     with ThreadPoolExecutor(jobs) as pool:
         while lives or done < kills:
@@ -97,12 +97,19 @@ def _tell(life: Life, wrong: list[str], rest: str) -> None:
 
 
 def _real(folder: Path, kills: int, draw: random.Random) -> tuple[Life, list[str]]:
-    """The default recipe, killed `kills` times, against the hashes of the committed dvc.lock."""
-    life = Life(prepare_real(folder), str(cache_root()), draw, slow=12.0)
+    """The default recipe, killed `kills` times, against the hashes of the committed dvc.lock.
+
+    Another processor makes other last digits: where a hash differs, a run that nobody disturbs tells what it is here.
+    """
+    life = Life(prepare_real(folder / "killed"), str(cache_root()), draw, slow=12.0)
     wanted = Outcome(hashes(life.folder), [], Counter(FINISHED=len(STAGES)), 1, "")
     (life.folder / "dvc.lock").unlink()  # what it tells of is not here: every stage is ahead
     life.live(kills, flows=0.0)
     wrong = life.failures or outcome(life.folder, life.cache).differences(wanted)
+    if wrong and not life.failures:
+        print("not what the committed dvc.lock tells; now a run that nobody disturbs", flush=True)
+        (undisturbed := prepare_real(folder / "undisturbed")).joinpath("dvc.lock").unlink()
+        wrong = outcome(life.folder, life.cache).differences(_undisturbed(undisturbed, life.cache))
     _tell(life, wrong, "of the real model")
     return life, wrong
 
