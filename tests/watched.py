@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["CANARY", "TOLD", "WATCH", "Watched", "namespace", "watch", "watched_variables"]
+__all__ = ["CANARY", "TOLD", "WATCH", "Watched", "leaks", "namespace", "watch", "watched_variables"]
 
 NAMESPACE = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
 WATCH = Path(__file__).parent / "watch"
@@ -76,3 +76,9 @@ def watch(folder: Path, root: Path, variables: dict[str, str], *command: str) ->
     notes = log.read_text().splitlines() if log.exists() else []
     heard = json.loads(ports.read_text()) if away else []
     return Watched(str(root), done.stdout + done.stderr, done.returncode, notes, heard)
+
+
+def leaks(folder: Path, *but: str) -> list[str]:
+    """Files below `folder` that hold the canary."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in but]
+    return [str(path) for path in files if CANARY.encode() in path.read_bytes()]
