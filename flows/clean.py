@@ -42,7 +42,10 @@ def trim(root: Path) -> list[Path]:
 
 
 def _workspaces(folder: Path, limit: float, kept: int = 0) -> Iterator[Path]:
-    """Free ones that are finished, but the `kept` newest, or untouched since `limit`; files still to post stay too."""
+    """Free ones that are finished, but the `kept` newest, half-made or half-removed, or untouched since `limit`.
+
+    What still has files to post stays.
+    """
     needed = unposted_files()
     finished = 0
     for note in sorted(folder.glob("*.lock"), key=_age, reverse=True):
@@ -52,9 +55,10 @@ def _workspaces(folder: Path, limit: float, kept: int = 0) -> Iterator[Path]:
             continue
         with lock:
             lock.seek(0)
-            done = lock.read() == "finished"
-            finished += done
-            stays = _age(note) > limit and not (done and finished > kept)
+            said = lock.read()
+            finished += said == "finished"
+            done = not said or (said == "finished" and finished > kept)  # it says nothing where it was cut off
+            stays = _age(note) > limit and not done
             if not stays and not any(file.is_relative_to(path) for file in needed):
                 lock.truncate(0)  # killed in the next line, it is no workspace to go on in
                 lock.flush()

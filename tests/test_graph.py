@@ -137,6 +137,15 @@ def test_a_stage_cannot_speak_for_dvc(project: Path) -> None:
         assert dvc.repro("allocate@1", lambda line: None)
 
 
+def test_a_stop_between_two_starts_leaves_no_child(project: Path) -> None:
+    """The child has started; the thread that waits for its end has not."""
+    with opened(project, snapshot(project), (project / "params.yaml").read_text(), "a/b/seed0") as w, Dvc(w) as dvc:
+        dvc._process = child = subprocess.Popen(
+            ["sleep", "600"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+    assert child.poll() is not None
+
+
 def test_a_killed_dvc_leaves_no_stage_behind(project: Path) -> None:
     (weather(project) / "fetch.fails").write_text("sleep")
     with opened(project, snapshot(project), (project / "params.yaml").read_text(), "a/b/seed0") as w, Dvc(w) as dvc:

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 from typing import TextIO
 
 import pytest
@@ -219,6 +220,15 @@ def test_adopt_refuses_an_unknown_run_and_a_running_one(project: Path) -> None:
         adopt(project, workspace.run)
 
 
+def test_adopt_waits_for_a_run_that_is_about_to_end(project: Path) -> None:
+    run = _one_run(project, seed=9)
+    held = try_lock(runs(project) / f"{run}.lock")
+    assert held is not None
+    later = Timer(0.5, held.close)
+    later.start()
+    assert adopt(project, run) and held.closed
+
+
 def test_adopt_without_the_cache_is_one_line_and_changes_nothing(project: Path) -> None:
     run = _one_run(project, seed=9)
     before = (project / "params.yaml").read_bytes()
@@ -252,6 +262,14 @@ def test_clean_keeps_interrupted_runs_for_a_week_and_live_ones_always(project: P
         assert clean(project, everything=True) == [] and live.path.is_dir()
     assert clean(project, everything=True) == [live.path]
     assert git(project, "worktree", "list").count(b"\n") == 1
+
+
+def test_what_could_not_be_removed_is_looked_for_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = runs(project) / _one_run(project)
+    with monkeypatch.context() as busy:
+        busy.setattr("flows.clean.shutil.rmtree", lambda *_, **__: None)
+        assert clean(project) == []
+    assert place.is_dir() and clean(project) == [place] and not place.exists()
 
 
 def test_finished_workspaces_are_bounded_and_come_back_from_the_cache(
