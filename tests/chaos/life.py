@@ -35,12 +35,16 @@ STAGE = re.compile(r"Running stage '(\w+)")
 
 @dataclass
 class Life:
-    """One clone, its kills so far, and what went wrong."""
+    """One clone, its kills so far, and what went wrong.
+
+    leap: whether the first kill may fall into any stage; else into the next ones, as all others do.
+    """
 
     folder: Path
     cache: str
     draw: random.Random
     slow: float = 1.0
+    leap: bool = True
     kills: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -54,7 +58,7 @@ class Life:
             self._end(by_flow=self.draw.random() < 2 * flows)
 
     def _next(self) -> Trigger:
-        if not self.kills:
+        if self.leap and not self.kills:
             return somewhere(self.draw, STAGES, PATIENCE)
         return trigger(self.draw, self.slow, self._steps(), self._ahead())
 

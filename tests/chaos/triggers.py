@@ -61,6 +61,6 @@ def trigger(draw: random.Random, slow: float, steps: int, ahead: Collection[str]
 
 
 def somewhere(draw: random.Random, stages: Sequence[str], patience: float) -> Trigger:
-    """The first kill of a life, in any of its stages: with near ones alone, few lives would come to the last."""
+    """A first kill in any stage: with near ones alone, few lives would be killed in the last."""
     text = f"Running stage '{draw.choice(stages)}'"
     return Trigger(ANY, text=text, after=draw.uniform(0.0, 5.0), latest=patience)
