@@ -48,7 +48,7 @@ chaos: setup
 	$(BIN)/python -m tests.chaos.fuzz --files 1000 --jobs $(WORKERS)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[chaos]'
 	echo params jsonl csv adapter_config checkpoint | xargs -n 1 -P $(WORKERS) \
-		$(BIN)/python -m tests.chaos.coverage_fuzz --runs 2000 --kind
+		$(BIN)/python -m tests.chaos.coverage_fuzz --runs 20000 --kind
 
 lint: setup
 	$(BIN)/ruff check .
