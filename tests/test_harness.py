@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.chaos.checks import Outcome
-from tests.chaos.life import misplaced
+from tests.chaos.life import Life, misplaced
+from tests.chaos.triggers import Trigger
 
 WELL = Outcome({"a": "1"}, [], Counter(FINISHED=13), 1, "")
 
@@ -47,3 +50,12 @@ def test_a_link_that_forgot_its_checkpoint_is_told(step: int, kept: list[int], r
     assert misplaced(f"Running stage 'link@1':\nlink@1: {step}/6  loss 2.0", kept, 6) == (
         [] if right else [f"link@1 went on with step {step}, its checkpoint was of step {kept}"]
     )
+
+
+@pytest.mark.parametrize(("command", "killed"), [("echo; sleep 60", True), ("echo; sleep 0.3", False)])
+def test_a_command_that_ended_before_its_kill_was_not_killed(tmp_path: Path, command: str, killed: bool) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/params.yaml").write_text("chain: {'1': {link: {steps: 6}}}")
+    life = Life(tmp_path / "project", str(tmp_path / "cache"), random.Random(0))
+    assert life._start(["sh", "-c", command], Trigger("late", text="\n", after=1.5)) == killed
+    assert len(life.kills) == killed and not life.failures

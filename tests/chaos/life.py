@@ -95,7 +95,8 @@ class Life:
             if due or time.monotonic() > limit:
                 time.sleep(trigger.after if trigger and due else 0.0)
                 self._kill()
-                child.wait()
+                if child.wait() != -signal.SIGKILL:
+                    return ""  # in the last moment
                 if trigger is None:
                     self.failures.append(f"hung\n{log.read_text(errors='replace')[-3000:]}")
                 return trigger.name if trigger and (due or trigger.name == ANY) else ANY
