@@ -97,20 +97,21 @@ def _tell(life: Life, wrong: list[str], rest: str) -> None:
 
 
 def _real(folder: Path, kills: int, draw: random.Random) -> tuple[Life, list[str]]:
-    """The default recipe, killed `kills` times, against the hashes of the committed dvc.lock.
-
-    Another processor makes other last digits: where a hash differs, a run that nobody disturbs tells what it is here.
-    """
+    """The default recipe, killed `kills` times."""
     life = Life(prepare_real(folder / "killed"), str(cache_root()), draw, slow=12.0, leap=False)
-    wanted = Outcome(hashes(ROOT), [], Counter(FINISHED=len(STAGES)), 1, "")
     life.live(kills, flows=0.0)
-    wrong = life.failures or outcome(life.folder, life.cache).differences(wanted)
-    if wrong and not life.failures:
-        print("not what the committed dvc.lock tells; now a run that nobody disturbs", flush=True)
-        undisturbed = _undisturbed(prepare_real(folder / "undisturbed"), life.cache)
-        wrong = outcome(life.folder, life.cache).differences(undisturbed)
+    wrong = life.failures or _really_differs(outcome(life.folder, life.cache), folder, life.cache)
     _tell(life, wrong, "of the real model")
     return life, wrong
+
+
+def _really_differs(found: Outcome, folder: Path, cache: str) -> list[str]:
+    """What differs from the committed dvc.lock, or, where the processor makes other last digits, from a run here."""
+    wrong = found.differences(Outcome(hashes(ROOT), [], Counter(FINISHED=len(STAGES)), 1, ""))
+    if not wrong:
+        return []
+    print("not what the committed dvc.lock tells; now a run that nobody disturbs", flush=True)
+    return found.differences(_undisturbed(prepare_real(folder / "undisturbed"), cache))
 
 
 if __name__ == "__main__":

@@ -94,9 +94,10 @@ class Life:
             due = bool(trigger and self._due(trigger, log))
             if due or time.monotonic() > limit:
                 time.sleep(trigger.after if trigger and due else 0.0)
+                if child.poll() is not None:
+                    break  # meanwhile, by itself
                 self._kill()
-                if child.wait() != -signal.SIGKILL:
-                    return ""  # in the last moment
+                child.wait()
                 if trigger is None:
                     self.failures.append(f"hung\n{log.read_text(errors='replace')[-3000:]}")
                 return trigger.name if trigger and (due or trigger.name == ANY) else ANY
