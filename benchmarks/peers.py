@@ -36,7 +36,7 @@ TASK_TYPES = {"causal": TaskType.CAUSAL_LM, "encoder": TaskType.SEQ_CLS}
 def peft_model(model: nn.Module, pairs: Mapping[str, Pair], where: Setting) -> Any:
     """PEFT's model around `model`, its adapters started from `pairs`."""
     rank = next(iter(pairs.values())).rank
-    rslora = where.params.link["parametrisation"] == "rslora"
+    rslora = where.params.link["scale"] == "rslora"
     config = LoraConfig(
         task_type=TASK_TYPES[where.kind],
         r=rank,

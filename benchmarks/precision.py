@@ -56,7 +56,7 @@ def _train(where: Setting, folder: Path, machine: MachineConfig, steps: int) -> 
             config=where.link(steps=steps, initialiser="kaiming"),
             seed=where.params.seed,
             ranks=dict.fromkeys(names, RANK),
-            sketches={},
+            directions={},
             train=where.train,
             validation=where.validation[:8],
         )

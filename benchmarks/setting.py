@@ -15,7 +15,7 @@ from cola_core.adapters import LoRA, Pair, attach
 from cola_core.assets.base import base_folder
 from cola_core.assets.references import opened
 from cola_core.axes.initialisers import draw_a
-from cola_core.axes.parametrisations import PARAMETRISATIONS
+from cola_core.axes.parametrisations import SCALES
 from cola_core.config.base import load_yaml
 from cola_core.config.params import Params, check_params
 from cola_core.config.recipe import LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
@@ -75,7 +75,7 @@ class Setting:
     def pairs(self, objective: Objective, targets: str | list[str], rank: int) -> dict[str, Pair]:
         """Fresh pairs for all target modules: A from its seed, B zero."""
         modules = adaptable(objective.model)
-        scale = PARAMETRISATIONS[self.params.link["parametrisation"]].scale(self.params.link["alpha"], rank)
+        scale = SCALES[self.params.link["scale"]](self.params.link["alpha"], rank)
         found = {}
         for name in select_targets(modules, targets):
             out, columns = weight_shape(modules[name])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
+
+from cola_core.axes.parametrisations import PARAMETRISATIONS, Form
 
 __all__ = ["LoRA", "Pair", "add_pair", "attach", "detach"]
 
@@ -27,18 +30,26 @@ class Pair:
         """r."""
         return self.a.shape[0]
 
+    def to(self, *where: Any) -> Pair:
+        """The same pair on another device or in another dtype."""
+        return replace(self, a=self.a.to(*where), b=self.b.to(*where))
+
 
 class LoRA(nn.Module):
     """y = W x + s B A dropout(x), with W frozen (LoRA, arXiv 2106.09685, equation 3).
 
-    A and B are kept in the master dtype and computed in x's own.
+    A and B are kept in the master dtype and computed in x's own. `given`: the pair that W gave up at the start, so that
+    the layer computes W x + s (B A - B_0 A_0) x; None for nothing.
     """
 
-    def __init__(self, base: nn.Module, pair: Pair, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: nn.Module, pair: Pair, dropout: float = 0.0, form: Form = PARAMETRISATIONS["plain"]
+    ) -> None:
         super().__init__()
-        self.base, self.scale = base, pair.scale
+        self.base, self.scale, self.form = base, pair.scale, form
         self.A, self.B = nn.Parameter(pair.a), nn.Parameter(pair.b)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.given: Pair | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -48,19 +59,34 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: ... x in -> ... x out."""
-        low = functional.linear(self.dropout(x), self.A.to(x.dtype))
-        result: Tensor = self.base(x) + functional.linear(low, self.scale * self.B.to(x.dtype))
+        a, b = self.factors()
+        low = functional.linear(self.dropout(x), a.to(x.dtype))
+        result: Tensor = self.base(x) + functional.linear(low, self.scale * b.to(x.dtype))
         return result
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r x in) and B (out x r) of the forward pass and of the merge."""
+        a, b = self.form.factors(self)
+        if self.given is None:
+            return a, b
+        return torch.cat([a, self.given.a]), torch.cat([b, -self.given.b], dim=1)
 
     def pair(self) -> Pair:
         """A copy of what the layer has learned."""
         bias = getattr(self.base, "bias", None)
         trained = bias.detach().clone() if bias is not None and bias.requires_grad else None
-        return Pair(self.A.detach().clone(), self.B.detach().clone(), self.scale, trained)
+        a, b = self.factors()
+        return Pair(a.detach().clone(), b.detach().clone(), self.scale, trained)
 
 
-def attach(model: nn.Module, pairs: Mapping[str, Pair], dropout: float = 0.0, bias: bool = False) -> dict[str, LoRA]:
-    """Wrap the named modules of a frozen model; only A and B (and, if asked, those modules' biases) can train.
+def attach(
+    model: nn.Module,
+    pairs: Mapping[str, Pair],
+    dropout: float = 0.0,
+    bias: bool = False,
+    form: Form = PARAMETRISATIONS["plain"],
+) -> dict[str, LoRA]:
+    """Wrap the named modules of a frozen model; only what `form` trains (and, if asked, those modules' biases) can.
 
     Returns:
         module name -> its layer, in the order of `pairs`.
@@ -69,8 +95,7 @@ def attach(model: nn.Module, pairs: Mapping[str, Pair], dropout: float = 0.0, bi
     for name, pair in pairs.items():
         base = model.get_submodule(name)
         weight: Tensor = base.weight  # type: ignore[assignment]
-        moved = Pair(pair.a.to(weight.device), pair.b.to(weight.device), pair.scale)
-        layers[name] = LoRA(base, moved, dropout)
+        layers[name] = LoRA(base, pair.to(weight.device), dropout, form)
         if bias and base.bias is not None:
             base.bias.requires_grad_(True)  # type: ignore[union-attr]
         _put(model, name, layers[name])

@@ -19,7 +19,8 @@ __all__ = ["LinkJob"]
 class LinkJob:
     """Everything that decides one link.
 
-    chain: the root and all earlier links; ranks: module -> r; sketches: module -> S of this link's own probe, or empty;
+    chain: the root and all earlier links; ranks: module -> r; directions: module -> what the link's profile kept for
+    its initialiser, by name (`sketch`: S), or empty;
     checkpoint: where the resume state is kept, None for nowhere; probe_tokens: what this link's own probe has cost.
     """
 
@@ -31,7 +32,7 @@ class LinkJob:
     config: LinkConfig
     seed: int
     ranks: Mapping[str, int]
-    sketches: Mapping[str, Tensor]
+    directions: Mapping[str, Mapping[str, Tensor]]
     train: Sequence[Row]
     validation: Sequence[Row]
     checkpoint: Path | None = None

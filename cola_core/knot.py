@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cola_core.adapter_files import Adapter
 from cola_core.adapters import add_pair
@@ -23,7 +24,7 @@ from cola_core.models import head_parameters, load_base, place
 from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
 
-__all__ = ["KNOT_ROWS", "open_chain", "sample_scores", "tie_knot"]
+__all__ = ["KNOT_ROWS", "open_chain", "sample_scores", "tie_knot", "tied"]
 
 KNOT_ROWS = 8  # validation rows whose scores must not move when the knot is tied
 
@@ -32,10 +33,18 @@ def open_chain(
     base: Path, chain: Sequence[Link], task: Task, machine: MachineConfig, dropout: float = 0.0
 ) -> Objective:
     """Base + every link of `chain`, merged in the master dtype, cast once and placed (laws 3 and 5)."""
+    model = tied(base, chain, task, machine, dropout)
+    return Objective(place(model, machine), chain[0].record["base"]["kind"], task)
+
+
+def tied(
+    base: Path, chain: Sequence[Link], task: Task, machine: MachineConfig, dropout: float = 0.0
+) -> PreTrainedModel:
+    """Base + every link of `chain`, merged in the master dtype: W^(i-1) before it is cast."""
     model = load_base(base, machine, len(task.labels), dropout)
     for _ in tie(model, chain):
         pass
-    return Objective(place(model, machine), chain[0].record["base"]["kind"], task)
+    return model
 
 
 def sample_scores(objective: Objective, rows: Sequence[Row]) -> Tensor:
@@ -67,9 +76,7 @@ def tie_knot(job: LinkJob, adapter: Adapter, scores: Tensor, kept: bool) -> dict
 
 def _check(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[Row]) -> dict[str, Any]:
     """Law 2: rebuild the chain from files, merge the new pair, and compare the scores with those of before."""
-    model = load_base(job.base, job.machine, len(job.task.labels))
-    for _ in tie(model, job.chain):
-        pass
+    model = tied(job.base, job.chain, job.task, job.machine)
     errors = {name: add_pair(model.get_submodule(name), pair) for name, pair in adapter.pairs.items()}
     with torch.no_grad():
         for name, parameter in head_parameters(model).items():

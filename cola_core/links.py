@@ -14,20 +14,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cola_core.adapter_files import Adapter
-from cola_core.adapters import Pair, attach, detach
-from cola_core.axes.bases import BASES
-from cola_core.axes.initialisers import INITIALISERS, Start
-from cola_core.axes.parametrisations import PARAMETRISATIONS
+from cola_core.adapters import Pair, detach
+from cola_core.axes.parametrisations import SCALES
 from cola_core.checkpoints import Progress
+from cola_core.config.recipe import LinkConfig
 from cola_core.health import Course, not_finite
 from cola_core.job import LinkJob
-from cola_core.knot import KNOT_ROWS, open_chain, sample_scores, tie_knot
-from cola_core.models import adaptable, head_parameters, weight_shape
-from cola_core.ranks import check_ranks
+from cola_core.knot import KNOT_ROWS, sample_scores, tie_knot, tied
+from cola_core.models import head_parameters, place
 from cola_core.scoring import Objective
+from cola_core.start import first_layers, first_pairs
 from cola_core.train import Training, mean_loss
 
-__all__ = ["initial_pairs", "run_link"]
+__all__ = ["run_link"]
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -45,15 +44,15 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
         UserError: the ranks are not of this base, training stopped being finite, or tying the knot would change the
             model.
     """
-    objective = open_chain(job.base, job.chain, job.task, job.machine, job.config.base_dropout)  # W^(i-1), frozen
-    model, number = objective.model, len(job.chain)
-    pairs = initial_pairs(model, job, number)  # a fresh pair on the residual
+    model = tied(job.base, job.chain, job.task, job.machine, job.config.base_dropout)  # W^(i-1), frozen
+    firsts = first_pairs(model, job)  # a fresh pair on the residual
+    objective = Objective(place(model, job.machine), job.chain[0].record["base"]["kind"], job.task)
     offset = sum(link.record["link_section"]["steps"] for link in job.chain[1:])
-    course = Course(job.config, job.schedule, job.seed, number, offset, job.checkpoint)
+    course = Course(job.config, job.schedule, job.seed, len(job.chain), offset, job.checkpoint)
     without = _loss_without(objective, job, course) if job.config.keep_link == "if_better" else None
     if job.config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    layers = attach(model, pairs, job.config.dropout, bias=job.config.bias == "lora")
+    layers = first_layers(model, job, firsts)
     training = Training(objective, layers, job.train, job.validation, course)
     try:
         for event in training:
@@ -76,36 +75,26 @@ def _loss_without(objective: Objective, job: LinkJob, course: Course) -> float:
     return loss
 
 
-def initial_pairs(model: PreTrainedModel, job: LinkJob, number: int) -> dict[str, Pair]:
-    """A and B of every module, by the recipe's initialiser and parametrisation; rank 0 leaves a module alone."""
-    parametrisation = PARAMETRISATIONS[job.config.parametrisation]
-    initialise = INITIALISERS[job.config.initialiser]
-    modules, dtype = adaptable(model), BASES[job.machine.dtype].adapter
-    shapes = {name: weight_shape(module) for name, module in modules.items()}
-    pairs = {}
-    for name, rank in check_ranks(job.ranks, shapes).items():
-        if rank == 0:
-            continue
-        scale = parametrisation.scale(job.config.alpha, rank)
-        start = Start(shapes[name], rank, scale, job.config.gamma, job.sketches.get(name), job.seed, number, name)
-        a, b = initialise(start)
-        pairs[name] = Pair(a.to(dtype), b.to(dtype), scale)
-    return pairs
-
-
 def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:
-    """What was learned, as a file of its own: PEFT's alpha / r or alpha / sqrt(r) gives back each module's scale."""
+    """What was learned, as a file of its own."""
     base = job.chain[0].record["base"]
     pairs = {name: Pair(p.a.cpu(), p.b.cpu(), p.scale, p.bias) for name, p in detach(model).items()}
     return Adapter(
         pairs=pairs,
         base=base["asset"],
         kind=base["kind"],
-        alpha=dict.fromkeys(pairs, job.config.alpha),
-        rslora=PARAMETRISATIONS[job.config.parametrisation].rslora,
+        alpha={name: _alpha(pair, job.config) for name, pair in pairs.items()},
+        rslora=job.config.scale == "rslora",
         transposed=any(isinstance(model.get_submodule(name), Conv1D) for name in pairs),
         head={name: p.detach().cpu().clone() for name, p in head_parameters(model).items()},
     )
+
+
+def _alpha(pair: Pair, config: LinkConfig) -> float:
+    """What PEFT's alpha / r or alpha / sqrt(r) gives the pair's scale from; its rank may not be that of training."""
+    if SCALES[config.scale](config.alpha, pair.rank) == pair.scale:
+        return config.alpha
+    return pair.scale / SCALES[config.scale](1.0, pair.rank)
 
 
 def _record(job: LinkJob, adapter: Adapter, progress: Progress, without: float | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +19,7 @@ from cola_core.root import base_manifest, check_base
 
 __all__ = [
     "adaptable",
+    "as_matrix",
     "head_parameters",
     "load_base",
     "module_shapes",
@@ -132,6 +133,12 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear map, whichever way its weight is stored (GPT-2's Conv1D keeps in x out)."""
     rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
     return (int(columns), int(rows)) if isinstance(module, Conv1D) else (int(rows), int(columns))
+
+
+def as_matrix(module: nn.Module, tensor: Tensor | None = None) -> Tensor:
+    """The module's weight, or a tensor of its shape, as out x in."""
+    found: Tensor = module.weight.detach() if tensor is None else tensor  # type: ignore[union-attr, operator]
+    return found.T if isinstance(module, Conv1D) else found
 
 
 def _set_dropout(config: Any, probability: float) -> None:

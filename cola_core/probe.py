@@ -17,7 +17,8 @@ from torch import Tensor
 from cola_core.adapters import Pair
 from cola_core.config.recipe import ProfileConfig
 from cola_core.errors import UserError
-from cola_core.reduction import Modules, Reducer, as_matrix, wide
+from cola_core.models import as_matrix
+from cola_core.reduction import Modules, Reducer, wide
 from cola_core.rows import Row
 from cola_core.sampled import SampledGradient, both_ends
 from cola_core.scoring import Objective
@@ -29,12 +30,13 @@ __all__ = ["Profile", "probe"]
 class Profile:
     """What the probe found.
 
-    modules: name -> {importance, gradient_norm, gap, update_nuclear_norm, gap_valid}; sketches: name -> S, out x rows;
+    modules: name -> {importance, gradient_norm, gap, update_nuclear_norm, gap_valid};
+    directions: name -> what is kept for the initialiser, by name (`sketch`: S, out x rows);
     loss: mean training loss over the probe rows; examples, tokens: what was computed, charged to the method's budget.
     """
 
     modules: dict[str, dict[str, Any]]
-    sketches: dict[str, Tensor]
+    directions: dict[str, dict[str, Tensor]]
     loss: float
     examples: int
     tokens: int
@@ -67,7 +69,7 @@ def probe(
             f"probe: {missing[0]} and {len(missing) - 1} more modules got no gradient; leave them out of targets"
         )
     found = {name: reduce.found[name] for name in modules}  # model order; gradients arrive last layer first
-    return Profile(found, {name: reduce.sketches[name] for name in modules}, loss / units, seen, tokens)
+    return Profile(found, {name: reduce.directions[name] for name in modules}, loss / units, seen, tokens)
 
 
 def _prepare(objective: Objective, config: ProfileConfig) -> None:

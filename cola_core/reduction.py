@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from cola_core.adapters import Pair
 from cola_core.axes.initialisers import draw_a
 from cola_core.config.recipe import ProfileConfig
 from cola_core.errors import UserError
 from cola_core.gap import decomposable, frank_wolfe_gap
+from cola_core.models import as_matrix
 
-__all__ = ["IMPORTANCE", "Modules", "Reducer", "as_matrix"]
+__all__ = ["IMPORTANCE", "Modules", "Reducer"]
 
 Modules = Mapping[str, nn.Module]
 
@@ -31,7 +31,8 @@ IMPORTANCE: dict[str, Callable[[Tensor, Tensor], float]] = {
 class Reducer:
     """Turns mean gradients into the few numbers that are kept, one module at a time.
 
-    found: module -> {importance, gradient_norm, gap, update_nuclear_norm, gap_valid}; sketches: module -> S.
+    found: module -> {importance, gradient_norm, gap, update_nuclear_norm, gap_valid};
+    directions: module -> what is kept for the initialiser, by name.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Reducer:
     ) -> None:
         self.modules, self.earlier, self.config, self.stream = modules, earlier, config, stream
         self.found: dict[str, dict[str, Any]] = {}
-        self.sketches: dict[str, Tensor] = {}
+        self.directions: dict[str, dict[str, Tensor]] = {}
 
     def whole(self, name: str, gradient: Tensor) -> None:
         """Reduce G, out x in, the mean over all probe rows.
@@ -57,7 +58,7 @@ class Reducer:
 
     def keep(self, name: str, sketch: Tensor, importance: float, norm: float, gradient: Tensor) -> None:
         """Note what was found for one module; the gap is taken of `gradient`, G itself or what stands for it."""
-        self.sketches[name] = sketch.cpu()
+        self.directions[name] = {"sketch": sketch.cpu()}
         gap = frank_wolfe_gap(gradient, self.earlier.get(name, ()), self.config.gap_radius)
         self.found[name] = {"importance": importance, "gradient_norm": norm, **gap}
 
@@ -67,8 +68,7 @@ class Reducer:
 
     def weight(self, name: str) -> Tensor:
         """W, out x in."""
-        module = self.modules[name]
-        return as_matrix(module, module.weight.detach())  # type: ignore[union-attr, operator]
+        return as_matrix(self.modules[name])
 
     def a_max(self, name: str) -> Tensor:
         """A_max, rows x in, drawn anew from its seed as the initialiser draws it; beside W, and as wide as G."""
@@ -81,11 +81,6 @@ class Reducer:
         if not math.isfinite(norm):
             raise UserError(f"probe: the gradient of {name} is not finite; check the data, or use machine.dtype=fp32")
         return norm
-
-
-def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight-shaped tensor as out x in."""
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def wide(tensor: Tensor) -> Tensor:

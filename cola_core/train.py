@@ -47,7 +47,7 @@ class Training:
         self.objective, self.train, self.validation, self.course = objective, train, validation, course
         self.accelerator = Accelerator(cpu=objective.model.device.type == "cpu")
         self.named = {name: parameter for name, _, parameter in trained_parameters(objective.model, layers)}
-        optimizer = build_optimizer(trained_parameters(objective.model, layers), config)
+        optimizer = build_optimizer(trained_parameters(objective.model, layers), config, layers)
         self.wrapped, self.optimizer = self.accelerator.prepare(objective, optimizer)
         torch.manual_seed(derive(course.seed, course.link, "dropout"))
         kept = course.checkpoint
@@ -162,10 +162,11 @@ def mean_loss(objective: Objective, rows: Sequence[Row], config: LinkConfig) -> 
 
 
 def trained_parameters(model: PreTrainedModel, layers: Mapping[str, LoRA]) -> Iterator[tuple[str, str, Parameter]]:
-    """(name, role, parameter) of all that trains: A and B of every layer, their biases if asked, an encoder's head."""
+    """(name, role, parameter) of all that trains: every layer's parts, their biases if asked, an encoder's head."""
     for name, layer in layers.items():
-        yield f"{name}.A", "A", layer.A
-        yield f"{name}.B", "B", layer.B
+        for part, parameter in layer.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                yield f"{name}.{part}", part, parameter
         bias = getattr(layer.base, "bias", None)
         if bias is not None and bias.requires_grad:
             yield f"{name}.bias", "bias", bias

@@ -91,10 +91,10 @@ def _axes(context: Context, links: list[str]) -> dict[str, list[str]]:
     profiles = [context.section(ProfileConfig, "profile", key) for key in links]
     schedule, machine = context.section(ScheduleConfig, "schedule"), context.section(MachineConfig, "machine")
     return {
-        "allocator": [context.section(AllocateConfig, "allocate", key).allocator for key in links],
-        "initialiser": [link.initialiser for link in tuned],
-        "parametrisation": [link.parametrisation for link in tuned],
-        "update": [link.update for link in tuned],
+        "allocator": [context.section(AllocateConfig, "allocate", key).allocator.kind for key in links],
+        "initialiser": [link.initialiser.kind for link in tuned],
+        "parametrisation": [f"{link.parametrisation.kind}, {link.scale} scale" for link in tuned],
+        "update": [link.update.kind for link in tuned],
         "schedule": [f"{schedule.kind}, learning rate {schedule.learning_rate}" for _ in links],
         "base store": [machine.dtype for _ in links],
         "probe": [profile.probe for profile in profiles],

@@ -66,6 +66,7 @@ def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]
     """Read everything that decides the link; what is left open is where its resume state is kept."""
     from functools import partial
 
+    from cola_core.config.compositions import OWN_PROFILE
     from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
     from cola_core.job import LinkJob
     from cola_core.lineage import read_chain
@@ -84,7 +85,7 @@ def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]
         config,
         context.value("seed"),
         read_sealed(inputs["ranks"], "ranks").get("ranks", {}),
-        _sketches(inputs["profile"]) if config.initialiser == "gora" else {},
+        _directions(inputs["profile"]) if config.initialiser.kind in OWN_PROFILE else {},
         read_rows(inputs["train"]),
         read_rows(inputs["validation"]),
         probe_tokens=_probe_tokens(context, inputs["profile"]),
@@ -99,12 +100,17 @@ def _probe_tokens(context: Context, profile: Path) -> int:
     return int(read_sealed(profile / "profile.json", "profile").get("tokens", 0)) if own else 0
 
 
-def _sketches(profile: Path) -> dict[str, Any]:
+def _directions(profile: Path) -> dict[str, dict[str, Any]]:
+    """module -> what the profile kept of it, by name."""
     from cola_core.checksums import check_files
     from cola_core.tensors import load_tensors
 
     check_files(profile)
-    return load_tensors(profile / "sketch.safetensors")
+    found: dict[str, dict[str, Any]] = {}
+    for name, tensor in load_tensors(profile / "directions.safetensors").items():
+        module, _, what = name.rpartition("/")
+        found.setdefault(module, {})[what] = tensor
+    return found
 
 
 @contextmanager

@@ -13,7 +13,7 @@ BASE, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare"
 
 
 def main(context: Context) -> Done:
-    """Write profile.json and sketch.safetensors; without a probe only the modules' names and shapes, and no torch."""
+    """Write profile.json and directions.safetensors; without a probe only names and shapes of modules, and no torch."""
     from cola_core.checksums import seal_folder
     from cola_core.config.recipe import ProfileConfig
     from cola_core.files import new_dir
@@ -26,22 +26,23 @@ def main(context: Context) -> Done:
     shapes = base_manifest(BASE)["modules"]
     names = select_targets(shapes, context.value("targets"))
     found: dict[str, Any] = {"probe": config.probe, "modules": {name: {"shape": shapes[name]} for name in names}}
-    sketches: dict[str, Any] = {}
+    directions: dict[str, dict[str, Any]] = {}
     if config.probe != "none":
-        sketches = _probe(context, config, found)
+        directions = _probe(context, config, found)
     with new_dir(link_dir(context.key, "profile")) as folder:
         write_sealed(folder / "profile.json", "profile", found)
-        if sketches:
+        if directions:
             from cola_core.tensors import save_tensors
 
-            save_tensors(folder / "sketch.safetensors", sketches)
+            flat = {f"{name}/{what}": tensor for name, kept in directions.items() for what, tensor in kept.items()}
+            save_tensors(folder / "directions.safetensors", flat)
         seal_folder(folder)
     out = link_dir(context.key, "profile")
     return Done(_metrics(found), [_parent(context)], [out], [out / "profile.json"])
 
 
 def _probe(context: Context, config: Any, found: dict[str, Any]) -> dict[str, Any]:
-    """Run the probe on the chain so far; fills `found` and returns the sketches."""
+    """Run the probe on the chain so far; fills `found` and returns the directions."""
     from cola_core.chain import pairs_by_module, tie
     from cola_core.config.recipe import MachineConfig
     from cola_core.lineage import read_chain
@@ -63,7 +64,7 @@ def _probe(context: Context, config: Any, found: dict[str, Any]) -> dict[str, An
     found |= {"loss": result.loss, "examples": result.examples, "tokens": result.tokens}
     for name, numbers in result.modules.items():
         found["modules"][name] |= numbers
-    return result.sketches
+    return result.directions
 
 
 def _metrics(found: dict[str, Any]) -> dict[str, float]:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cola_core.adapters import detach
 from cola_core.assets.base import base_folder
+from cola_core.axes.initialisers import Start
 from cola_core.chain import write_link
 from cola_core.config.recipe import LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
 from cola_core.job import LinkJob
@@ -22,6 +24,7 @@ from cola_core.links import run_link
 from cola_core.models import adaptable, head_parameters, weight_shape
 from cola_core.root import write_root
 from cola_core.rows import Row, Task
+from cola_core.start import first_layers, first_pairs
 
 KINDS = {"llama": "causal", "opt": "causal", "gpt2": "causal", "t5": "seq2seq", "bert": "encoder"}
 FAMILIES = list(KINDS)
@@ -29,16 +32,15 @@ CANDIDATES = [[11, 12, 13], [21], [31, 32]]
 FP64 = MachineConfig(device="cpu", threads=1, dtype="fp64")
 FP32 = MachineConfig(device="cpu", threads=1, dtype="fp32")
 LINK = LinkConfig(
-    initialiser="kaiming", parametrisation="plain", update="adamw", alpha=16.0, gamma=0.05, dropout=0.0,
-    base_dropout=0.0, bias="none", steps=6, batch=4, micro_batch=4, micro_tokens=None, learning_rate=5e-3, ratio=16.0,
-    head_learning_rate=1e-3, betas=[0.9, 0.999], epsilon=1e-8, weight_decay=0.01, clip=1.0, warmup=0.2,
-    decay="linear", floor=0.0, keep="last", keep_link="always", validate_every=3, patience=None, checkpoint_every=2,
-    activation_checkpointing=False,
+    initialiser="kaiming", parametrisation="plain", scale="lora", update="adamw", pruning="none", quantise="none",
+    alpha=16.0, dropout=0.0, base_dropout=0.0, bias="none", steps=6, batch=4, micro_batch=4, micro_tokens=None,
+    learning_rate=5e-3, head_learning_rate=1e-3, betas=[0.9, 0.999], epsilon=1e-8, weight_decay=0.01, clip=1.0,
+    warmup=0.2, decay="linear", floor=0.0, keep="last", keep_link="always", validate_every=3, patience=None,
+    checkpoint_every=2, activation_checkpointing=False,
 )  # fmt: skip
 PROFILE = ProfileConfig(
-    probe="one_batch", importance="mean_abs_wg", sketch=8, micro_batch=1, row_share=0.25, adaptive=False,
-    tolerance=0.1,
-    gap_radius=1.0, activation_checkpointing=False,
+    probe="one_batch", importance="mean_abs_wg", directions="sketch", sketch=8, micro_batch=1, row_share=0.25,
+    adaptive=False, tolerance=0.1, gap_radius=1.0, activation_checkpointing=False,
 )  # fmt: skip
 
 
@@ -107,7 +109,7 @@ def _bare(family: str) -> Any:
 def job_of(family: str, chain: list[Link], machine: MachineConfig = FP64, **changes: Any) -> LinkJob:
     """A link of a few steps; `changes` go to the fields of LinkConfig, or of LinkJob where it has them."""
     mine = {name: value for name, value in changes.items() if name in LinkJob.__dataclass_fields__}
-    config = LINK.model_copy(update={k: v for k, v in changes.items() if k not in mine})
+    config = LinkConfig(**{**LINK.model_dump(), **{k: v for k, v in changes.items() if k not in mine}})
     shapes = {name: weight_shape(m) for name, m in adaptable(_bare(family)).items()}
     # Different ranks on purpose: a rank or a scale that is read from the wrong module shows.
     ranks = {name: 1 + index % 4 for index, name in enumerate(shapes)}
@@ -120,7 +122,7 @@ def job_of(family: str, chain: list[Link], machine: MachineConfig = FP64, **chan
         config=config,
         seed=7,
         ranks=ranks,
-        sketches={},
+        directions={},
         train=rows_of(family, 16),
         validation=rows_of(family, 6, seed=1),
     )
@@ -141,6 +143,19 @@ def chain_of(family: str, folder: Path, links: int, machine: MachineConfig = FP6
     for _ in range(links):
         chain = grow(job_of(family, chain, machine, **changes), folder)
     return chain
+
+
+def initial_pairs(model: Any, job: LinkJob) -> dict[str, Any]:
+    """What a link starts from, module -> Pair; the model is as it was."""
+    first_layers(model, job, first_pairs(model, job))
+    return detach(model)
+
+
+def start_of(
+    weight: Tensor, rank: int, scale: float, directions: dict[str, Tensor] | None = None, seed: int = 0, link: int = 1
+) -> Start:
+    """What an initialiser is given for a module `m` of these weights."""
+    return Start(weight, rank, scale, directions or {}, [], seed, link, "m")
 
 
 def logits_of(model: Any, family: str, rows: list[Row]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,26 +14,34 @@ from torch.nn import Parameter
 from cola_core.axes.allocators import ALLOCATORS, allocate
 from cola_core.axes.bases import BASES
 from cola_core.axes.initialisers import INITIALISERS
-from cola_core.axes.parametrisations import PARAMETRISATIONS
+from cola_core.axes.parametrisations import PARAMETRISATIONS, SCALES
 from cola_core.axes.schedules import SCHEDULES, learning_rate_factor
 from cola_core.axes.updates import UPDATES, build_optimizer
 from cola_core.config import recipe
-from cola_core.config.recipe import AllocateConfig, ScheduleConfig
+from cola_core.config.recipe import AllocateConfig, LinkConfig, ScheduleConfig
 from cola_core.rows import OVERHEAD, group_by_length, order
 from tests.lab import LINK
 
 UNIFORM = AllocateConfig(allocator="uniform", rank=8, r_min=4, r_max=32, features="sqrt")
-GORA = UNIFORM.model_copy(update={"allocator": "gora"})
+GORA = AllocateConfig(**{**UNIFORM.model_dump(), "allocator": "gora"})
 SHAPES = st.dictionaries(
     st.sampled_from("abcdefgh"), st.tuples(st.integers(40, 3000), st.integers(40, 3000)), min_size=1
 )
 
 
+def kinds(section: Any, field: str) -> set[str]:
+    """The names that a tagged field may have."""
+    annotation = section.model_fields[field].annotation
+    values = get_args(annotation) or [annotation]
+    return {kind for value in values for kind in get_args(value.model_fields["kind"].annotation)}
+
+
 def test_every_axis_offers_exactly_the_values_that_the_configuration_names() -> None:
-    assert set(ALLOCATORS) == set(get_args(recipe.Allocator))
-    assert set(INITIALISERS) == set(get_args(recipe.Initialiser))
-    assert set(PARAMETRISATIONS) == set(get_args(recipe.Parametrisation))
-    assert set(UPDATES) == set(get_args(recipe.Update))
+    assert set(ALLOCATORS) == kinds(AllocateConfig, "allocator")
+    assert set(INITIALISERS) == kinds(LinkConfig, "initialiser")
+    assert set(PARAMETRISATIONS) == kinds(LinkConfig, "parametrisation")
+    assert set(UPDATES) == kinds(LinkConfig, "update")
+    assert set(SCALES) == set(get_args(recipe.Scale))
     assert set(SCHEDULES) == set(get_args(recipe.Schedule))
     assert set(BASES) == set(get_args(recipe.BaseStore))
 
@@ -97,7 +105,7 @@ def test_restart_and_global_learning_rates(decay: str) -> None:
 def test_lora_plus_moves_b_ratio_times_as_far() -> None:
     """Adam's first step is lr * sign(g), so the movement is the learning rate."""
     a, b, head = (Parameter(torch.zeros(3)) for _ in range(3))
-    config = LINK.model_copy(update={"update": "lora_plus", "weight_decay": 0.0})
+    config = LinkConfig(**{**LINK.model_dump(), "update": {"kind": "lora_plus", "ratio": 16.0}, "weight_decay": 0.0})
     optimizer = build_optimizer([("a", "A", a), ("b", "B", b), ("h", "head", head)], config)
     for parameter in (a, b, head):
         parameter.grad = torch.ones(3)

@@ -104,7 +104,7 @@ def test_rows_of_the_evaluation_may_be_a_number_or_all(rows: int | str) -> None:
 
 def test_a_mistake_in_a_section_is_told_under_the_key_that_holds_it() -> None:
     raw = changed("link.update", "adam")
-    raw["chain"]["1"]["link"]["update"] = "lora_plus"  # link 1 never reads the shared value
+    raw["chain"]["1"]["link"]["update"] = {"kind": "lora_plus", "ratio": 16.0}  # link 1 never reads the shared value
     with pytest.raises(UserError, match=r"^params\.yaml: link\.update: 'adam'"):
         check_params(raw)
     raw = changed("link.steps", ...)

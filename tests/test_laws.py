@@ -20,7 +20,7 @@ from cola_core.export import chain_manifest
 from cola_core.files import tree_hash
 from cola_core.knot import open_chain
 from cola_core.lineage import read_chain
-from cola_core.links import initial_pairs, run_link
+from cola_core.links import run_link
 from cola_core.rows import order
 from cola_core.seeds import derive
 from tests.lab import (
@@ -31,6 +31,7 @@ from tests.lab import (
     base_of,
     chain_of,
     grow,
+    initial_pairs,
     job_of,
     logits_of,
     model_of,
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.parametrize("family", FAMILIES)
 def plain_lora(job: Any, family: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Law 1's reference: torch alone, weights W + s B A, one row at a time, every logit, its own learning rate."""
     model, config = open_chain(job.base, job.chain, job.task, job.machine).model, job.config
-    pairs = initial_pairs(model, job, 1)
+    pairs = initial_pairs(model, job)
     trained = {f"{n}.{k}": t.clone().requires_grad_() for n, p in pairs.items() for k, t in (("A", p.a), ("B", p.b))}
     head = {
         n: p.clone().requires_grad_()
@@ -156,8 +157,8 @@ def test_law_4_every_link_starts_from_nothing(family: str, tmp_path: Path, monke
     counts: list[int] = []  # Adam's own count of steps, as its state holds it after every step
     honest = train.build_optimizer
 
-    def watch(parameters: Any, config: Any) -> Any:
-        optimizer = honest(parameters, config)
+    def watch(*arguments: Any) -> Any:
+        optimizer = honest(*arguments)
         optimizer.register_step_post_hook(
             lambda done, *_: counts.append(max(int(state["step"]) for state in done.state.values()))
         )

@@ -13,10 +13,22 @@ from cola_core.axes.schedules import learning_rate_factor
 from cola_core.errors import UserError
 from cola_core.export import flat_adapter, portable_adapter, write_flat
 from cola_core.knot import open_chain
-from cola_core.links import initial_pairs, run_link
+from cola_core.links import run_link
 from cola_core.rows import order
 from cola_core.seeds import derive
-from tests.lab import FAMILIES, FP32, KINDS, base_of, chain_of, job_of, logits_of, model_of, root_of, rows_of
+from tests.lab import (
+    FAMILIES,
+    FP32,
+    KINDS,
+    base_of,
+    chain_of,
+    initial_pairs,
+    job_of,
+    logits_of,
+    model_of,
+    root_of,
+    rows_of,
+)
 
 FORMS = {"flat": flat_adapter, "portable": lambda chain: portable_adapter(flat_adapter(chain))}
 
@@ -39,12 +51,10 @@ def test_peft_loads_the_exported_adapter_and_gives_the_merged_logits(family: str
         assert float((ours - base).abs().max()) > 1e-2, "the chain learned nothing: the test would pass empty"
 
 
-@pytest.mark.parametrize("parametrisation", ["plain", "rslora"])
+@pytest.mark.parametrize("scale", ["lora", "rslora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_reads_one_links_own_file_with_its_ranks_and_scales(
-    family: str, parametrisation: str, tmp_path: Path
-) -> None:
-    chain = chain_of(family, tmp_path, 1, FP32, parametrisation=parametrisation, learning_rate=2e-2)
+def test_peft_reads_one_links_own_file_with_its_ranks_and_scales(family: str, scale: str, tmp_path: Path) -> None:
+    chain = chain_of(family, tmp_path, 1, FP32, scale=scale, learning_rate=2e-2)
     loaded = PeftModel.from_pretrained(model_of(family, chain[:1], FP32), str(chain[1].folder)).eval()
     for name, pair in chain[1].adapter().pairs.items():
         layer = loaded.base_model.model.get_submodule(name)
@@ -60,10 +70,10 @@ def test_peft_reads_one_links_own_file_with_its_ranks_and_scales(
 @pytest.mark.parametrize("family", [f for f in FAMILIES if KINDS[f] == "causal"])
 def test_one_link_follows_peft_from_the_same_start(family: str, tmp_path: Path) -> None:
     """20 steps in fp32, losses equal to 1e-5: PEFT's layers, whole logits, torch's AdamW."""
-    job = job_of(family, root_of(family, tmp_path), FP32, steps=20, parametrisation="rslora", learning_rate=1e-3)
+    job = job_of(family, root_of(family, tmp_path), FP32, steps=20, scale="rslora", learning_rate=1e-3)
     _, _, progress = run_link(job)
     model: Any = open_chain(job.base, job.chain, job.task, job.machine).model
-    pairs = initial_pairs(model, job, 1)
+    pairs = initial_pairs(model, job)
     config = LoraConfig(
         r=8, lora_alpha=16, use_rslora=True, target_modules=list(pairs), fan_in_fan_out=family == "gpt2",
         rank_pattern={name: pair.rank for name, pair in pairs.items()},

@@ -16,18 +16,18 @@ from transformers.pytorch_utils import Conv1D
 
 from cola_core.adapters import Pair, attach, detach
 from cola_core.axes.allocators import allocate
-from cola_core.axes.initialisers import INITIALISERS, Start, draw_a, gora
-from cola_core.axes.parametrisations import PARAMETRISATIONS
+from cola_core.axes.initialisers import INITIALISERS, draw_a
+from cola_core.axes.parametrisations import SCALES
 from cola_core.config.recipe import AllocateConfig
+from cola_core.config.values import Gora
 from cola_core.errors import UserError
 from cola_core.gap import frank_wolfe_gap
 from cola_core.knot import open_chain
-from cola_core.links import initial_pairs
 from cola_core.models import adaptable, weight_shape
 from cola_core.probe import probe
 from cola_core.reduction import IMPORTANCE, Reducer
 from cola_core.sampled import SampledGradient
-from tests.lab import FAMILIES, FP64, PROFILE, base_of, job_of, root_of, rows_of, task_of
+from tests.lab import FAMILIES, FP64, PROFILE, base_of, initial_pairs, job_of, root_of, rows_of, start_of, task_of
 
 ALLOCATE = AllocateConfig(allocator="gora", rank=4, r_min=2, r_max=8, features="sqrt")
 
@@ -67,7 +67,7 @@ def test_law_8_every_example_counts_once(
     for name, gradient in expected.items():
         a = draw_a(7, 1, name, min(8, *gradient.shape), gradient.shape[1])
         # Llama's and T5's norms are taken in float32 whatever the dtype, hence no closer than this.
-        assert float((found.sketches[name] - gradient @ a.T).norm()) <= 1e-6 * float(gradient.norm()) + 1e-12
+        assert float((found.directions[name]["sketch"] - gradient @ a.T).norm()) <= 1e-6 * gradient.norm() + 1e-12
         if way != "sampled":  # there the norm is an estimate
             assert found.modules[name]["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-6, abs=1e-9)
 
@@ -129,12 +129,12 @@ def test_gora_from_whole_gradients_in_float64(family: str, tmp_path: Path) -> No
     job = job_of(
         family,
         root_of(family, tmp_path),
-        initialiser="gora",
-        parametrisation="rslora",
+        initialiser={"kind": "gora", "gamma": 0.05},
+        scale="rslora",
         ranks=ranks,
-        sketches=found.sketches,
+        directions=found.directions,
     )
-    for name, pair in initial_pairs(objective.model, job, 1).items():
+    for name, pair in initial_pairs(objective.model, job).items():
         a, g, r = pair.a.numpy(), gradients[name].numpy(), ranks[name]
         b = -(0.05 * math.sqrt(g.shape[1]) / 16.0) * g @ a.T @ np.linalg.inv(a @ a.T)
         np.testing.assert_allclose(pair.b.numpy(), b, atol=1e-9, rtol=1e-5)
@@ -156,10 +156,10 @@ def test_law_10_the_probe_loss_falls_for_small_gamma(family: str, tmp_path: Path
     ranks = dict.fromkeys(modules, 4)
     for gamma in (1e-4, 1e-3):
         job = job_of(
-            family, root_of(family, tmp_path), initialiser="gora", parametrisation="rslora", gamma=gamma, ranks=ranks,
-            sketches=found.sketches,
+            family, root_of(family, tmp_path), initialiser={"kind": "gora", "gamma": gamma}, scale="rslora",
+            ranks=ranks, directions=found.directions,
         )  # fmt: skip
-        attach(objective.model, initial_pairs(objective.model, job, 1))
+        attach(objective.model, initial_pairs(objective.model, job))
         assert objective(batch).item() < before
         detach(objective.model)
     assert objective(batch).item() == before
@@ -167,14 +167,16 @@ def test_law_10_the_probe_loss_falls_for_small_gamma(family: str, tmp_path: Path
 
 @settings(max_examples=40, deadline=None)
 @given(out=st.integers(2, 12), columns=st.integers(4, 20), rank=st.integers(1, 4), seed=st.integers(0, 9),
-       gamma=st.floats(1e-3, 1), way=st.sampled_from(sorted(PARAMETRISATIONS)))  # fmt: skip
+       gamma=st.floats(1e-3, 1), way=st.sampled_from(sorted(SCALES)))  # fmt: skip
 def test_law_10_holds_for_every_shape_and_scale(
     out: int, columns: int, rank: int, seed: int, gamma: float, way: str
 ) -> None:
     gradient = torch.randn(out, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     a_max = draw_a(seed, 1, "m", 4, columns)
-    scale = PARAMETRISATIONS[way].scale(16.0, rank)
-    a, b = gora(Start((out, columns), rank, scale, gamma, gradient @ a_max.T, seed, 1, "m"))
+    scale = SCALES[way](16.0, rank)
+    start = start_of(gradient, rank, scale, {"sketch": gradient @ a_max.T}, seed)
+    first = INITIALISERS["gora"](start, Gora(kind="gora", gamma=gamma))
+    a, b = first.a, first.b
     projector = a.T @ torch.linalg.solve(a @ a.T, a)
     expected = -gamma * math.sqrt(columns / rank) * gradient @ projector
     torch.testing.assert_close(scale * b @ a, expected, atol=1e-8, rtol=1e-6)
@@ -185,20 +187,20 @@ def test_gora_step_has_the_norm_of_gamma_for_gaussian_gradients() -> None:
     gradient = torch.randn(256, 512, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     sketch = gradient @ draw_a(0, 1, "m", 64, 512).T
     for rank in (4, 16, 64):
-        a, b = gora(Start((256, 512), rank, 16 / math.sqrt(rank), 0.05, sketch, 0, 1, "m"))
-        step = 16 / math.sqrt(rank) * b @ a
+        start = start_of(gradient, rank, 16 / math.sqrt(rank), {"sketch": sketch})
+        first = INITIALISERS["gora"](start, Gora(kind="gora", gamma=0.05))
+        step = 16 / math.sqrt(rank) * first.b @ first.a
         assert float(step.norm() / gradient.norm()) == pytest.approx(0.05, rel=0.03)
         cosine = -float((step * gradient).sum() / step.norm() / gradient.norm())
         assert cosine == pytest.approx(math.sqrt(rank / 512), rel=0.03)
 
 
 def test_kaiming_starts_from_zero_with_bounded_a() -> None:
-    a, b = INITIALISERS["kaiming"](Start((8, 16), 4, 2.0, 0.0, None, 0, 1, "m"))
-    assert not b.any()
-    assert float(a.abs().max()) <= 0.25
-    assert float(a.std()) == pytest.approx(0.25 / math.sqrt(3), rel=0.2)
-    other, _ = INITIALISERS["kaiming"](Start((8, 16), 4, 2.0, 0.0, None, 0, 2, "m"))
-    assert not torch.equal(a, other), "every link draws its own A"
+    first, other = (INITIALISERS["kaiming"](start_of(torch.zeros(8, 16), 4, 2.0, link=k), None) for k in (1, 2))
+    assert not first.b.any()
+    assert float(first.a.abs().max()) <= 0.25
+    assert float(first.a.std()) == pytest.approx(0.25 / math.sqrt(3), rel=0.2)
+    assert not torch.equal(first.a, other.a), "every link draws its own A"
 
 
 def test_adaptive_probe_stops_early_and_says_how_much_it_used(tmp_path: Path) -> None:

@@ -16,11 +16,24 @@ from cola_core.config.recipe import MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.knot import open_chain
 from cola_core.lineage import read_chain
-from cola_core.links import initial_pairs, run_link
+from cola_core.links import run_link
 from cola_core.sealed import write_sealed
 from cola_core.split_files import write_rows
 from cola_core.verify import verify_chain
-from tests.lab import FAMILIES, FP32, FP64, base_of, chain_of, grow, job_of, model_of, root_of, rows_of, task_of
+from tests.lab import (
+    FAMILIES,
+    FP32,
+    FP64,
+    base_of,
+    chain_of,
+    grow,
+    initial_pairs,
+    job_of,
+    model_of,
+    root_of,
+    rows_of,
+    task_of,
+)
 
 BF16 = MachineConfig(device="cpu", threads=1, dtype="bf16")
 
@@ -54,7 +67,7 @@ def test_best_is_kept_and_patience_stops(tmp_path: Path, monkeypatch: Any) -> No
     monkeypatch.setattr(train, "mean_loss", lambda *_: next(seen))
     job = job_of("llama", root_of("llama", tmp_path), steps=12, validate_every=2, keep="best", patience=3)
     objective = open_chain(job.base, job.chain, job.task, job.machine)
-    layers = attach(objective.model, initial_pairs(objective.model, job, 1))
+    layers = attach(objective.model, initial_pairs(objective.model, job))
     layer = next(iter(layers.values()))
     course = train.Course(job.config, job.schedule, job.seed, 1)
     training = train.Training(objective, layers, job.train, job.validation, course)
@@ -79,7 +92,7 @@ def test_only_the_adapter_gets_gradients(tmp_path: Path) -> None:
     job = job_of("llama", root_of("llama", tmp_path))
     objective = open_chain(job.base, job.chain, job.task, job.machine)
     before = {name: p.clone() for name, p in objective.model.named_parameters()}
-    attach(objective.model, initial_pairs(objective.model, job, 1))
+    attach(objective.model, initial_pairs(objective.model, job))
     objective(objective.training_batch(job.train[:4])).backward()
     for name, parameter in objective.model.named_parameters():
         assert (parameter.grad is not None) == (name.endswith((".A", ".B"))), name

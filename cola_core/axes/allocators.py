@@ -73,8 +73,8 @@ def allocate(shapes: Shapes, importance: Mapping[str, float], config: AllocateCo
         shapes: module -> (out, in).
         importance: module -> I, empty where no probe was taken.
     """
-    wanted = ALLOCATORS[config.allocator](shapes, importance, config)
-    bounds = (1, 10**9) if config.allocator == "uniform" else (config.r_min, config.r_max)
+    wanted = ALLOCATORS[config.allocator.kind](shapes, importance, config)
+    bounds = (1, 10**9) if config.allocator.kind == "uniform" else (config.r_min, config.r_max)
     ranks, clamped = {}, {}
     for name, shape in shapes.items():
         low, high = min(bounds[0], *shape), min(bounds[1], *shape)

@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cola_core.seeds import derive
 
-__all__ = ["INITIALISERS", "Start", "draw_a"]
+if TYPE_CHECKING:
+    from cola_core.adapters import Pair
+
+__all__ = ["INITIALISERS", "First", "Start", "draw_a"]
 
 
 @dataclass(frozen=True)
 class Start:
     """What an initialiser may use for one module.
 
-    shape: (out, in) of W; rank: r; scale: s of the parametrisation; gamma: size of GoRA's first step;
-    sketch: S = G A_max^T, out x rows, of the link's own probe (None without one); seed, link, module: its stream.
+    weight: W, out x in, in the master dtype; rank: r; scale: s; directions: what the link's own profile kept of the
+    module (`sketch`: S = G A_max^T, out x rows); earlier: the pairs that the chain has merged into it; seed, link,
+    module: its random stream.
     """
 
-    shape: tuple[int, int]
+    weight: Tensor
     rank: int
     scale: float
-    gamma: float
-    sketch: Tensor | None
+    directions: Mapping[str, Tensor]
+    earlier: Sequence[Pair]
     seed: int
     link: int
     module: str
+
+    @property
+    def columns(self) -> int:
+        """in."""
+        return self.weight.shape[1]
+
+
+@dataclass(frozen=True)
+class First:
+    """The first A (r x in) and B (out x r), float64.
+
+    kept: whether the frozen weights give up s B A, so that the link starts from the function it was given.
+    """
+
+    a: Tensor
+    b: Tensor
+    kept: bool = False
+
+
+Initialiser = Callable[[Start, Any], First]
 
 
 def draw_a(seed: int, link: int, module: str, rows: int, columns: int) -> Tensor:
@@ -42,26 +67,34 @@ def draw_a(seed: int, link: int, module: str, rows: int, columns: int) -> Tensor
     return torch.rand(rows, columns, generator=generator, dtype=torch.float64) * (2 * bound) - bound
 
 
-def kaiming(start: Start) -> tuple[Tensor, Tensor]:
-    """Random A (r x in), B = 0 (out x r): the new link changes nothing (LoRA; COLA, Algorithm 1)."""
-    out, columns = start.shape
-    a = draw_a(start.seed, start.link, start.module, start.rank, columns)
-    return a, torch.zeros(out, start.rank, dtype=torch.float64)
+def kaiming(start: Start, options: Any) -> First:
+    """Random A, B = 0: the new link changes nothing (LoRA; COLA, Algorithm 1)."""
+    a = draw_a(start.seed, start.link, start.module, start.rank, start.columns)
+    return First(a, torch.zeros(len(start.weight), start.rank, dtype=torch.float64))
 
 
-def gora(start: Start) -> tuple[Tensor, Tensor]:
+def random_b(start: Start, options: Any) -> First:
+    """B ~ N(0, 1/r), A = 0: RAC-LoRA's left sketch, arXiv 2410.08305, Algorithm 1; the new link changes nothing.
+
+    The paper leaves the variance to the step size; 1/r makes E ||B x||^2 = out/r ||x||^2 independent of the rank.
+    """
+    generator = torch.Generator().manual_seed(derive(start.seed, start.link, "init", start.module))
+    b = torch.randn(len(start.weight), start.rank, generator=generator, dtype=torch.float64)
+    return First(torch.zeros(start.rank, start.columns, dtype=torch.float64), b / math.sqrt(start.rank))
+
+
+def gora(start: Start, options: Any) -> First:
     """Random A, B = -xi G A^T (A A^T)^-1 (GoRA, section 3): s B A = -gamma sqrt(in/r) G P_A, a step down the gradient.
 
     Only the sketch S = G A_max^T is needed: G A^T is its first r columns. xi = gamma sqrt(in/r) / s, which is the
     paper's gamma sqrt(in) / alpha where s = alpha / sqrt(r). Computed in float64.
     """
-    assert start.sketch is not None, "refused by the configuration without a probe"
-    assert start.sketch.shape[1] >= start.rank, "refused by the configuration: B would follow fewer rows than asked for"
-    columns = start.shape[1]
-    a = draw_a(start.seed, start.link, start.module, start.sketch.shape[1], columns)[: start.rank]
-    xi = start.gamma * math.sqrt(columns / start.rank) / start.scale
-    g_at = start.sketch[:, : start.rank].double()
-    return a, -xi * torch.linalg.solve(a @ a.T, g_at, left=False)
+    sketch = start.directions["sketch"]
+    assert sketch.shape[1] >= start.rank, "refused by the configuration: B would follow fewer rows than asked for"
+    a = draw_a(start.seed, start.link, start.module, sketch.shape[1], start.columns)[: start.rank]
+    xi = options.gamma * math.sqrt(start.columns / start.rank) / start.scale
+    g_at = sketch[:, : start.rank].double()
+    return First(a, -xi * torch.linalg.solve(a @ a.T, g_at, left=False))
 
 
-INITIALISERS: dict[str, Callable[[Start], tuple[Tensor, Tensor]]] = {"kaiming": kaiming, "gora": gora}
+INITIALISERS: dict[str, Initialiser] = {"kaiming": kaiming, "random_b": random_b, "gora": gora}

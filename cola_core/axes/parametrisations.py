@@ -1,25 +1,61 @@
-"""Axis 'parametrisation': what the pair (A, B) means; dW = scale * B A."""
+"""Axis 'parametrisation': what a layer's A and B are made of, which parts train, and the scale; dW = s B A."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["PARAMETRISATIONS", "Parametrisation"]
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cola_core.adapters import LoRA
+    from cola_core.config.values import Parametrisation as Options
+
+__all__ = ["PARAMETRISATIONS", "SCALES", "Form"]
+
+# alpha, r -> s. LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732: the only scale under which activations
+# stay of order one as r grows (RoRA, arXiv 2501.04315, is the same).
+SCALES: dict[str, Callable[[float, int], float]] = {
+    "lora": lambda alpha, rank: alpha / rank,
+    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
+}
 
 
 @dataclass(frozen=True)
-class Parametrisation:
-    """scale(alpha, r): the factor before B A; rslora: how PEFT's file format says it."""
+class Form:
+    """One way to make A and B.
 
-    scale: Callable[[float, int], float]
-    rslora: bool
+    prepare: gives a new layer the parts it has beside A and B, and freezes what does not train;
+    factors: A (r x in) and B (out x r) as the forward pass takes them.
+    """
+
+    prepare: Callable[[LoRA, Options], None]
+    factors: Callable[[LoRA], tuple[Tensor, Tensor]]
+
+
+def own(layer: LoRA) -> tuple[Tensor, Tensor]:
+    """The layer's A and B as they are."""
+    return layer.A, layer.B
+
+
+def nothing(layer: LoRA, options: Options) -> None:
+    """A and B train, and nothing else."""
+
+
+def freeze_a(layer: LoRA, options: Options) -> None:
+    """FFA-LoRA, arXiv 2403.12313, section 3; RAC-LoRA, arXiv 2410.08305, with a right sketch: B alone trains."""
+    layer.A.requires_grad_(False)
+
+
+def freeze_b(layer: LoRA, options: Options) -> None:
+    """RAC-LoRA with a left sketch: A alone trains."""
+    layer.B.requires_grad_(False)
 
 
 PARAMETRISATIONS = {
-    # LoRA, arXiv 2106.09685, section 4.1.
-    "plain": Parametrisation(lambda alpha, rank: alpha / rank, rslora=False),
-    # rsLoRA, arXiv 2312.03732: the only scale under which activations stay of order one as r grows. RoRA is the same.
-    "rslora": Parametrisation(lambda alpha, rank: alpha / math.sqrt(rank), rslora=True),
+    "plain": Form(nothing, own),
+    "frozen_a": Form(freeze_a, own),
+    "frozen_b": Form(freeze_b, own),
 }

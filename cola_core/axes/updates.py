@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch.nn import Parameter
+from torch.optim import SGD, AdamW, Optimizer
 
+from cola_core.adapters import LoRA
 from cola_core.config.recipe import LinkConfig
 
 __all__ = ["UPDATES", "Update", "build_optimizer"]
 
-# What a parameter is (A, B, bias or head) -> its learning rate at the peak.
-Update = Callable[[LinkConfig], dict[str, float]]
+# What trains, in groups of one role (A, B, gate, bias, head), each with the modules' layers, the recipe -> an optimizer
+# with empty state.
+Groups = list[dict[str, Any]]
+Update = Callable[[Groups, Mapping[str, LoRA], LinkConfig], Optimizer]
 
 
-def adamw(config: LinkConfig) -> dict[str, float]:
-    """One learning rate for A and B."""
-    rate = config.learning_rate
-    return {"A": rate, "B": rate, "bias": rate, "head": config.head_learning_rate}
+def adamw(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """torch's AdamW."""
+    return AdamW(groups, **adam_settings(config))
 
 
-def lora_plus(config: LinkConfig) -> dict[str, float]:
-    """LoRA+: B learns `ratio` times as fast as A, lr(B) = ratio * lr(A)."""
-    return {**adamw(config), "B": config.ratio * config.learning_rate}
+def sgd(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """torch's SGD without momentum; weight decay is added to the gradient."""
+    return SGD(groups, weight_decay=config.weight_decay, foreach=True)
 
 
-UPDATES: dict[str, Update] = {"adamw": adamw, "lora_plus": lora_plus}
+def lora_plus(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """LoRA+, arXiv 2402.12354: B learns `ratio` times as fast as A."""
+    for group in groups:
+        if group["role"] == "B":
+            group["lr"] = group["peak"] = config.update.ratio * group["peak"]  # type: ignore[union-attr]
+    return AdamW(groups, **adam_settings(config))
 
 
-def build_optimizer(parameters: Iterable[tuple[str, str, Parameter]], config: LinkConfig) -> torch.optim.Optimizer:
+UPDATES: dict[str, Update] = {"adamw": adamw, "sgd": sgd, "lora_plus": lora_plus}
+
+
+def adam_settings(config: LinkConfig) -> dict[str, Any]:
+    """The recipe's numbers as torch's AdamW takes them."""
+    betas = (config.betas[0], config.betas[1])
+    return {"betas": betas, "eps": config.epsilon, "weight_decay": config.weight_decay, "foreach": True}
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, str, Parameter]], config: LinkConfig, layers: Mapping[str, LoRA] | None = None
+) -> Optimizer:
     """A new optimizer with empty state, one group per role (law 4).
 
     Args:
-        parameters: (name, role, parameter) of everything that trains; role is A, B, bias or head.
+        parameters: (name, role, parameter) of everything that trains.
+        layers: module -> its layer, for updates that look at A and B together.
     """
-    rates = UPDATES[config.update](config)
     groups: dict[str, dict[str, Any]] = {}
     for name, role, parameter in parameters:
-        group = groups.setdefault(
-            role, {"params": [], "names": [], "role": role, "lr": rates[role], "peak": rates[role]}
-        )
+        rate = config.head_learning_rate if role == "head" else config.learning_rate
+        group = groups.setdefault(role, {"params": [], "names": [], "role": role, "lr": rate, "peak": rate})
         group["params"].append(parameter)
         group["names"].append(name)
-    betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(
-        list(groups.values()), betas=betas, eps=config.epsilon, weight_decay=config.weight_decay, foreach=True
-    )
+    return UPDATES[config.update.kind](list(groups.values()), layers or {}, config)

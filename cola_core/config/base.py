@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -106,7 +107,7 @@ def parse(
         return model.model_validate(data)
     except ValidationError as error:
         advice = "; conf/ has its default" if file == "params.yaml" else ""
-        raise UserError(f"{file}: {_line(model, error, where, others or {}, advice)}") from None
+        raise UserError(f"{file}: {_line(model, data, error, where, others or {}, advice)}") from None
 
 
 def load_yaml(text: str, where: str = "params.yaml") -> dict[str, Any]:
@@ -143,10 +144,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return load_yaml(text, str(path))
 
 
-def _line(model: type[BaseModel], error: ValidationError, where: str, others: Mapping[str, str], advice: str) -> str:
+def _line(
+    model: type[BaseModel], data: Any, error: ValidationError, where: str, others: Mapping[str, str], advice: str
+) -> str:
     """One line for the first error, unknown keys first, as they often explain a missing one; `advice` is for that."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"]]
+    path = _keys(first["loc"], data)
     key = ".".join(filter(None, [others.get(path[0], where) if path else where, *path]))
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key{suggest(path[-1], _fields(model, first['loc'][:-1]))}"
@@ -155,19 +158,49 @@ def _line(model: type[BaseModel], error: ValidationError, where: str, others: Ma
     if first["type"] == "literal_error":
         allowed = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         return f"{key}: {mask(repr(first['input']), key)} is not a value{suggest(str(first['input']), allowed)}"
+    if first["type"].startswith("union_tag"):
+        told = first["ctx"].get("tag", first["input"])
+        return f"{key}: {mask(repr(told), key)} is not a value{suggest(str(told), _kinds(model, first['loc']))}"
     return f"{key}: {first['msg'].removeprefix('Value error, ')} (got {mask(repr(first['input']), key)})"
 
 
-def _fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys allowed at `loc`, following nested models, optional ones and mappings of models."""
-    for part in loc:
+def _keys(loc: Sequence[int | str], data: Any) -> list[str]:
+    """The keys of `data` that lead to `loc`, in which pydantic names a tagged value's own kind as well."""
+    keys = []
+    for place, part in enumerate(loc, start=1):
+        here = isinstance(part, int) or (isinstance(data, Mapping) and part in data)
+        if here or place == len(loc):
+            keys.append(str(part))
+        data = data[part] if here else data
+    return keys
+
+
+def _fields(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """The keys allowed at `loc`."""
+    return [field.alias or name for name, field in _model_at(model, loc).model_fields.items()]
+
+
+def _kinds(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """The names that the tagged value at `loc` may have."""
+    inner = get_args(_model_at(model, loc[:-1]).model_fields[str(loc[-1])].annotation)
+    return [kind for value in inner for kind in _own(value)]
+
+
+def _own(model: type[BaseModel]) -> tuple[str, ...]:
+    """The names of a tagged value; none for other models."""
+    field = model.model_fields.get("kind")
+    return get_args(field.annotation) if field else ()
+
+
+def _model_at(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:
+    """The model at `loc`, following nested models, optional ones, tagged ones and mappings of models."""
+    for part, tag in zip_longest(loc, loc[1:]):
         field = model.model_fields.get(str(part))
-        kinds = [field.annotation, *get_args(field.annotation)] if field else []
-        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if inner is None:
-            continue
-        model = inner
-    return [field.alias or name for name, field in model.model_fields.items()]
+        inner = [field.annotation, *get_args(field.annotation)] if field else []
+        models = [k for k in inner if isinstance(k, type) and issubclass(k, BaseModel)]
+        if models:
+            model = next((k for k in models if tag in _own(k)), models[0])
+    return model
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import Field, field_validator
 
 from cola_core.config.base import Strict, parse
+from cola_core.config.compositions import OWN_PROFILE, refused
 from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
 from cola_core.config.report import EvaluateConfig, MergeConfig, RegisterConfig
 from cola_core.config.task import FetchConfig, HeadConfig, PrepareConfig
@@ -144,41 +145,66 @@ def _section(model: type[Section], params: Params, key: str, name: str) -> Secti
 def _check_composition(params: Params, key: str, knot: Knot) -> None:
     """Refuse what cannot compose, naming both values and the reason."""
     source = knot_of(params, params.chain[key].profile_from).profile
-    probed = source.probe != "none"
-    machine = params.machine
-    most = "rank" if knot.allocate.allocator == "uniform" else "r_max"
-    rows = getattr(knot.allocate, most)
-    refusals = [
+    if reason := refused(_values(params, knot, source)):
+        raise UserError(f"params.yaml: chain.{key}: {reason}")
+    for wrong, reason in [*_refused_numbers(params, key, knot, source), *_refused_outputs(params, knot, source)]:
+        if wrong:
+            raise UserError(f"params.yaml: chain.{key}: {reason}")
+
+
+def _values(params: Params, knot: Knot, source: ProfileConfig) -> dict[str, str]:
+    """Every key that names a value of an axis -> that name."""
+    link = knot.link
+    return {
+        "allocate.allocator": knot.allocate.allocator.kind,
+        "link.initialiser": link.initialiser.kind,
+        "link.parametrisation": link.parametrisation.kind,
+        "link.update": link.update.kind,
+        "link.pruning": link.pruning.kind,
+        "link.scale": link.scale,
+        "link.quantise": link.quantise,
+        "profile.probe": source.probe,
+        "profile.directions": source.directions,
+        "schedule.kind": params.schedule.kind,
+        "machine.dtype": params.machine.dtype,
+        "machine.device": params.machine.device,
+    }
+
+
+def _refused_numbers(params: Params, key: str, knot: Knot, source: ProfileConfig) -> list[tuple[bool, str]]:
+    """What depends on a number or on another link, each with its reason."""
+    start, allocator = knot.link.initialiser.kind, knot.allocate.allocator.kind
+    most = "rank" if allocator == "uniform" else "r_max"
+    rows = OWN_PROFILE.get(start, 0) * getattr(knot.allocate, most)
+    return [
+        (params.schedule.kind == "none" and len(params.chain) > 1,
+         "schedule.kind 'none' with more than one link: only 'cola' ties knots"),
+        (start in OWN_PROFILE and params.chain[key].profile_from != key,
+         f"link.initialiser {start!r} with another link's profile: that gradient was taken at other weights"),
+        (source.sketch < rows,
+         f"profile.sketch {source.sketch} below allocate.{most} {rows}: B needs one sketch row per rank; "
+         f"raise profile.sketch to at least {rows}"),
+        (allocator == "gora" and not knot.allocate.r_min <= knot.allocate.rank <= knot.allocate.r_max,
+         "allocate.rank outside [r_min, r_max]: the reference rank must be reachable"),
+    ]  # fmt: skip
+
+
+def _refused_outputs(params: Params, knot: Knot, source: ProfileConfig) -> list[tuple[bool, str]]:
+    """What the probe, the model or a form of export cannot do, each with its reason."""
+    return [
         ((params.prepare.kind == "classify") != (params.fetch.model.kind == "encoder"),
          f"prepare.kind {params.prepare.kind!r} with fetch.model.kind {params.fetch.model.kind!r}: "
          "classify needs an encoder, choice and generate a language model"),
-        (params.schedule.kind == "none" and len(params.chain) > 1,
-         "schedule.kind 'none' with more than one link: only 'cola' ties knots"),
-        (knot.allocate.allocator == "gora" and not probed,
-         "allocate.allocator 'gora' with profile.probe 'none': ranks come from the probe's gradient"),
-        (knot.link.initialiser == "gora" and not probed,
-         "link.initialiser 'gora' with profile.probe 'none': B comes from the probe's gradient"),
-        (knot.link.initialiser == "gora" and params.chain[key].profile_from != key,
-         "link.initialiser 'gora' with another link's profile: that gradient was taken at other weights"),
-        (knot.link.initialiser == "gora" and source.sketch < rows,
-         f"profile.sketch {source.sketch} below allocate.{most} {rows}: B needs one sketch row per rank; "
-         f"raise profile.sketch to at least {rows}"),
-        (knot.link.bias == "lora" and machine.dtype == "bf16",
+        (knot.link.bias == "lora" and params.machine.dtype == "bf16",
          "link.bias 'lora' with machine.dtype 'bf16': a bias has no fp32 master there, so small steps would be lost"),
-        (knot.allocate.allocator == "gora" and not knot.allocate.r_min <= knot.allocate.rank <= knot.allocate.r_max,
-         "allocate.rank outside [r_min, r_max]: the reference rank must be reachable"),
         (source.adaptive and source.probe != "accumulate",
          f"profile.adaptive with profile.probe {source.probe!r}: only 'accumulate' looks at importances on its way"),
         (source.probe == "sampled" and source.importance != "mean_abs_wg",
          f"profile.importance {source.importance!r} with profile.probe 'sampled': it needs whole gradients"),
         (source.probe == "sampled" and source.activation_checkpointing,
          "profile.activation_checkpointing with profile.probe 'sampled': it holds every module's input itself"),
-        (machine.dtype == "bf16" and machine.device == "mps", "machine.dtype 'bf16' with machine.device 'mps'"),
         (params.merge.portable_adapter and params.fetch.model.kind == "encoder",
          "merge.portable_adapter with an encoder: its head is saved with the adapter, which servers refuse"),
         (knot.link.bias == "lora" and (params.merge.flat_adapter or params.merge.portable_adapter),
          "link.bias 'lora' with merge.flat_adapter or portable_adapter: PEFT's readers do not agree on biases"),
     ]  # fmt: skip
-    for refused, reason in refusals:
-        if refused:
-            raise UserError(f"params.yaml: chain.{key}: {reason}")

@@ -7,13 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cola_core.config.base import Strict
+from cola_core.config.values import Allocator, Initialiser, Parametrisation, Pruning, Update
 
 __all__ = ["AllocateConfig", "LinkConfig", "MachineConfig", "ProfileConfig", "ScheduleConfig"]
 
-Allocator = Literal["uniform", "gora"]
-Initialiser = Literal["kaiming", "gora"]
-Parametrisation = Literal["plain", "rslora"]
-Update = Literal["adamw", "lora_plus"]
+Scale = Literal["lora", "rslora"]
+Quantisation = Literal["none"]
 Schedule = Literal["none", "cola"]
 BaseStore = Literal["fp32", "bf16", "fp64"]
 
@@ -48,13 +47,15 @@ class ProfileConfig(Strict):
     probe: none = no gradient is taken; one_batch = one exact pass; accumulate = fp32 buffers over micro-batches;
         sampled = `row_share` of every gradient's rows over micro-batches, importance, norm and gap estimates.
     importance: what a module's gradient G and weight W are reduced to (GoRA, section 3).
-    sketch: rows of A_max kept for the initialiser, at least the largest rank (uniform: `allocate.rank`, gora: `r_max`).
+    directions: what is kept of every module for the initialiser: none; sketch = S = G A_max^T (GoRA).
+    sketch: how many of them, at least the largest rank (uniform: `allocate.rank`, others: `r_max`).
     adaptive: accumulate only: stop once no module's importance moved by more than `tolerance` (after 3 batches).
     gap_radius: radius of the nuclear-norm ball in the Frank-Wolfe gap (COLA, section 4).
     """
 
     probe: Literal["none", "one_batch", "accumulate", "sampled"]
     importance: Literal["mean_abs_wg", "nuclear_wg", "nuclear_g"]
+    directions: Literal["none", "sketch"]
     sketch: int = Field(ge=1)
     micro_batch: int = Field(ge=1)
     row_share: float = Field(gt=0, le=1)
@@ -65,7 +66,7 @@ class ProfileConfig(Strict):
 
 
 class AllocateConfig(Strict):
-    """Section `allocate`: `rank` is every module's rank (uniform) or GoRA's reference rank."""
+    """Section `allocate`: `rank` is every module's rank (uniform) or the reference rank of a budget."""
 
     allocator: Allocator
     rank: int = Field(ge=1)
@@ -77,11 +78,11 @@ class AllocateConfig(Strict):
 class LinkConfig(Strict):
     """Section `link`: one LoRA of the chain.
 
-    alpha, parametrisation: scale = alpha / r (plain) or alpha / sqrt(r) (rslora).
-    gamma: size of the first step that GoRA's initialiser takes.
+    scale, alpha: s = alpha / r (lora) or alpha / sqrt(r) (rslora, which is RoRA too).
+    pruning: what happens to ranks while the link trains; quantise: how the frozen weights of its modules are kept.
     batch: rows of one optimizer step, computed in groups of similar length of at most `micro_batch` rows and
         `micro_tokens` tokens with their padding (null = any number): memory follows these two, gradients do not.
-    learning_rate: of A; B's is `ratio` times that under lora_plus; `head_learning_rate` of an encoder's head.
+    learning_rate: of A; B's is `update.ratio` times that under lora_plus; `head_learning_rate` of an encoder's head.
     warmup: fraction of the steps; decay: shape after it, down to `floor` times the peak.
     keep: best = the adapter with the lowest validation loss; last = the one after the last step.
     keep_link: always, or only if the validation loss with the link is below that without it (one more validation).
@@ -90,9 +91,11 @@ class LinkConfig(Strict):
 
     initialiser: Initialiser
     parametrisation: Parametrisation
+    scale: Scale
     update: Update
+    pruning: Pruning
+    quantise: Quantisation
     alpha: float = Field(gt=0)
-    gamma: float = Field(ge=0)
     dropout: float = Field(ge=0, lt=1)
     base_dropout: float = Field(ge=0, lt=1)
     bias: Literal["none", "lora"]
@@ -101,7 +104,6 @@ class LinkConfig(Strict):
     micro_batch: int = Field(ge=1)
     micro_tokens: int | None = Field(ge=1)
     learning_rate: float = Field(gt=0)
-    ratio: float = Field(gt=0)
     head_learning_rate: float = Field(gt=0)
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(min_length=2, max_length=2)
     epsilon: float = Field(gt=0)

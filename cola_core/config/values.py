@@ -1,0 +1,84 @@
+"""What an axis may be set to: a name, or a name with the numbers that it alone has (`{kind: gora, gamma: 0.05}`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from cola_core.config.base import Strict
+
+__all__ = ["Allocator", "Initialiser", "Parametrisation", "Pruning", "Update"]
+
+
+class Value(Strict):
+    """One value of an axis."""
+
+    kind: str
+
+
+def _named(value: Any) -> Any:
+    """A bare name is a value without numbers."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Tagged = (Field(discriminator="kind"), BeforeValidator(_named))
+
+
+class Ranks(Value):
+    """Allocators whose numbers stand in section `allocate`."""
+
+    kind: Literal["uniform", "gora"]
+
+
+Allocator = Annotated[Ranks, BeforeValidator(_named)]
+
+
+class Random(Value):
+    """kaiming: A random, B = 0; random_b: B random, A = 0."""
+
+    kind: Literal["kaiming", "random_b"]
+
+
+class Gora(Value):
+    """gamma: size of the first step, as a share of the gradient's norm."""
+
+    kind: Literal["gora"]
+    gamma: float = Field(ge=0)
+
+
+Initialiser = Annotated[Random | Gora, *Tagged]
+
+
+class Factors(Value):
+    """plain: A and B train; frozen_a, frozen_b: the other factor alone does."""
+
+    kind: Literal["plain", "frozen_a", "frozen_b"]
+
+
+Parametrisation = Annotated[Factors, BeforeValidator(_named)]
+
+
+class Adam(Value):
+    """adamw: torch's; sgd: no state, weight decay as in torch."""
+
+    kind: Literal["adamw", "sgd"]
+
+
+class LoraPlus(Value):
+    """ratio: B's learning rate over A's."""
+
+    kind: Literal["lora_plus"]
+    ratio: float = Field(gt=0)
+
+
+Update = Annotated[Adam | LoraPlus, *Tagged]
+
+
+class Whole(Value):
+    """Ranks stay as they are."""
+
+    kind: Literal["none"]
+
+
+Pruning = Annotated[Whole, BeforeValidator(_named)]

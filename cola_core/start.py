@@ -1,0 +1,48 @@
+"""The start of a link: its first pairs, drawn from the weights as they are, and its layers around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedModel
+
+from cola_core.adapters import LoRA, Pair, attach
+from cola_core.axes.bases import BASES
+from cola_core.axes.initialisers import INITIALISERS, First, Start
+from cola_core.axes.parametrisations import PARAMETRISATIONS, SCALES
+from cola_core.chain import pairs_by_module
+from cola_core.job import LinkJob
+from cola_core.models import adaptable, as_matrix, weight_shape
+from cola_core.ranks import check_ranks
+
+__all__ = ["first_layers", "first_pairs"]
+
+
+def first_pairs(model: PreTrainedModel, job: LinkJob) -> dict[str, First]:
+    """A and B of every module by the recipe's initialiser; rank 0 leaves a module alone.
+
+    Args:
+        model: base and chain, merged, in the master dtype.
+    """
+    config, modules, earlier = job.config, adaptable(model), pairs_by_module(job.chain)
+    initialise, firsts = INITIALISERS[config.initialiser.kind], {}
+    for name, rank in check_ranks(job.ranks, {n: weight_shape(m) for n, m in modules.items()}).items():
+        if rank:
+            start = Start(
+                as_matrix(modules[name]), rank, SCALES[config.scale](config.alpha, rank), job.directions.get(name, {}),
+                earlier.get(name, []), job.seed, len(job.chain), name,
+            )  # fmt: skip
+            firsts[name] = initialise(start, config.initialiser)
+    return firsts
+
+
+def first_layers(model: PreTrainedModel, job: LinkJob, firsts: Mapping[str, First]) -> dict[str, LoRA]:
+    """Layers that start from `firsts`, around the modules of the placed model."""
+    config, dtype = job.config, BASES[job.machine.dtype].adapter
+    form, scale = PARAMETRISATIONS[config.parametrisation.kind], SCALES[config.scale]
+    pairs = {n: Pair(f.a.to(dtype), f.b.to(dtype), scale(config.alpha, len(f.a))) for n, f in firsts.items()}
+    layers = attach(model, pairs, config.dropout, config.bias == "lora", form)
+    for name, layer in layers.items():
+        layer.given = layer.pair() if firsts[name].kept else None
+        form.prepare(layer, config.parametrisation)
+    return layers
