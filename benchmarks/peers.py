@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,11 +54,12 @@ def peft_model(model: nn.Module, pairs: Mapping[str, Pair], where: Setting) -> A
 
 def peft_layers(model: Any, pairs: Mapping[str, Pair]) -> dict[str, Any]:
     """PEFT's layers under the names that this project's training loop knows A and B by."""
-    modules = {name: model.base_model.model.get_submodule(name) for name in pairs}
-    return {
-        name: SimpleNamespace(A=m.lora_A["default"].weight, B=m.lora_B["default"].weight, base=m.base_layer)
-        for name, m in modules.items()
-    }
+    layers = {}
+    for name in pairs:
+        module, layers[name] = model.base_model.model.get_submodule(name), nn.Module()
+        layers[name].A, layers[name].B = module.lora_A["default"].weight, module.lora_B["default"].weight
+        layers[name].base = module.base_layer
+    return layers
 
 
 class _Recording(Trainer):

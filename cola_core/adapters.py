@@ -48,7 +48,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.base, self.scale, self.form = base, pair.scale, form
         self.A, self.B = nn.Parameter(pair.a), nn.Parameter(pair.b)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
         self.given: Pair | None = None
 
     @property
@@ -59,14 +59,12 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: ... x in -> ... x out."""
-        a, b = self.factors()
-        low = functional.linear(self.dropout(x), a.to(x.dtype))
+        a, b = self._with_given(*self.form.factors(self))
+        low = self.form.low(self, x, a.to(x.dtype))
         result: Tensor = self.base(x) + functional.linear(low, self.scale * b.to(x.dtype))
         return result
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r x in) and B (out x r) of the forward pass and of the merge."""
-        a, b = self.form.factors(self)
+    def _with_given(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if self.given is None:
             return a, b
         return torch.cat([a, self.given.a]), torch.cat([b, -self.given.b], dim=1)
@@ -75,7 +73,7 @@ class LoRA(nn.Module):
         """A copy of what the layer has learned."""
         bias = getattr(self.base, "bias", None)
         trained = bias.detach().clone() if bias is not None and bias.requires_grad else None
-        a, b = self.factors()
+        a, b = self._with_given(*(self.form.merged or self.form.factors)(self))
         return Pair(a.detach().clone(), b.detach().clone(), self.scale, trained)
 
 

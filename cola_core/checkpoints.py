@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn import Parameter
 
 from cola_core.errors import RetryError, of_the_system
 from cola_core.files import new_file
@@ -27,8 +26,8 @@ class Progress:
     """Where a link stands: the data cursor is `step`, since the order of rows is fixed by the seed.
 
     losses: one {step, loss, learning_rate, tokens, validation} per step done; best_step, best_loss: of the adapter kept
-    so far; waiting: validations since it improved; best: its tensors by parameter name; random: the generators' states
-    after the last step.
+    so far; waiting: validations since it improved; rounds: of pruning that were run; best: its tensors by name; random:
+    the generators' states after the last step.
     """
 
     step: int = 0
@@ -36,12 +35,13 @@ class Progress:
     best_step: int = 0
     best_loss: float | None = None
     waiting: int = 0
+    rounds: int = 0
     losses: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     random: dict[str, Tensor] = field(default_factory=dict)
 
 
-Named = dict[str, Parameter]
+Named = Mapping[str, Tensor]
 TENSORS = ("best", "random")
 BROKEN = (SafetensorError, OSError, KeyError, TypeError, ValueError)
 
@@ -56,7 +56,7 @@ def save_checkpoint(path: Path, progress: Progress, named: Named, optimizer: tor
     """Write parameters, optimizer state, best adapter, random state and progress; the old file stays until it is whole.
 
     Args:
-        named: every trained parameter by name.
+        named: everything that changes while the link trains, parameters and what else layers hold, by name.
 
     Raises:
         OSError: what the disk refused.
@@ -91,12 +91,10 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer) 
             raise passing from error  # too many open files, no memory: the checkpoint itself may be whole
         print(f"{path}: not usable ({error}); the link starts from its first step", flush=True)
         return Progress()
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
-    for name, parameter in named.items():
-        saved = _below(tensors, f"optimizer/{name}/")
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in saved.items()}
+    for name, tensor in named.items():  # of another shape where ranks have changed
+        tensor.data = tensors[f"parameter/{name}"].to(tensor.device).clone()
+        if saved := _below(tensors, f"optimizer/{name}/"):
+            optimizer.state[tensor] = {k: v if k == "step" else v.to(tensor.device) for k, v in saved.items()}
     torch.set_rng_state(progress.random["cpu"])
     if "cuda" in progress.random and torch.cuda.is_available():
         torch.cuda.set_rng_state(progress.random["cuda"])
@@ -133,6 +131,6 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Named) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in named.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+    for name, tensor in named.items():
+        for key, value in optimizer.state.get(tensor, {}).items():
             yield f"optimizer/{name}/{key}", value

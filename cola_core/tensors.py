@@ -21,13 +21,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file, on the CPU.
+    """Every tensor of a file, on the CPU, in memory of its own.
+
+    Where a tensor stands in its file would else decide how it is aligned, and with that how a product of it is summed.
 
     Raises:
         UserError: missing, or not a whole safetensors file.
     """
     with whole(path):
-        return dict(load_file(path))
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

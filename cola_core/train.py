@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from cola_core.adapters import LoRA
+from cola_core.axes.prunings import PRUNINGS
 from cola_core.axes.schedules import learning_rate_factor
 from cola_core.axes.updates import build_optimizer
 from cola_core.checkpoints import Progress, load_checkpoint, random_state, save_checkpoint
@@ -47,11 +49,13 @@ class Training:
         self.objective, self.train, self.validation, self.course = objective, train, validation, course
         self.accelerator = Accelerator(cpu=objective.model.device.type == "cpu")
         self.named = {name: parameter for name, _, parameter in trained_parameters(objective.model, layers)}
-        optimizer = build_optimizer(trained_parameters(objective.model, layers), config, layers)
-        self.wrapped, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.held = {**self.named, **dict(_buffers(layers))}
+        self.update = build_optimizer(trained_parameters(objective.model, layers), config, layers)
+        self.wrapped, self.optimizer = self.accelerator.prepare(objective, self.update)
+        self.pruning = PRUNINGS[config.pruning.kind](layers, self.update, self._sample_loss, course)
         torch.manual_seed(derive(course.seed, course.link, "dropout"))
         kept = course.checkpoint
-        self.progress = load_checkpoint(kept, self.named, self.optimizer) if kept else Progress()
+        self.progress = load_checkpoint(kept, self.held, self.optimizer) if kept else Progress()
         self.progress.random = self.progress.random or random_state()
         self.kept = self._point()
         self.plan = order(len(train), config.batch, config.steps, derive(course.seed, course.link, "data"))
@@ -63,28 +67,30 @@ class Training:
             UserError: a loss or a gradient stopped being finite, or the link diverged; says where and what to try.
         """
         config, progress = self.course.config, self.progress
-        while self._validation_due() or self._step_due():
-            if not self._validation_due():
+        while self._validation_due() or self._pruning_due() or self._step_due():
+            if not self._validation_due() and not self._pruning_due():
                 self._step(progress.step, [self.train[i] for i in self.plan[progress.step]])
             if self._validation_due():
                 self._validate()
+            if self._pruning_due():
+                self._prune()
             check_divergence(progress.losses, self.course, self.named)
             yield progress.losses[-1]
             if progress.step % config.checkpoint_every == 0:
                 self.keep()
         self.keep()  # what follows, proving the knot, may be stopped too
         if config.keep == "best" and progress.best:
-            _restore(self.named, progress.best)
+            _restore(self.held, progress.best)
         self.objective.eval()
 
     def keep(self) -> None:
         """Write the checkpoint of what was done last, if it has none yet; also right after being interrupted."""
         if self.course.checkpoint and self.kept != self._point():
-            save_checkpoint(self.course.checkpoint, self.progress, self.named, self.optimizer)
+            save_checkpoint(self.course.checkpoint, self.progress, self.held, self.optimizer)
             self.kept = self._point()
 
-    def _point(self) -> tuple[int, bool]:
-        return self.progress.step, self._validation_due()
+    def _point(self) -> tuple[int, bool, int]:
+        return self.progress.step, self._validation_due(), self.progress.rounds
 
     def _step_due(self) -> bool:
         config, progress = self.course.config, self.progress
@@ -97,6 +103,20 @@ class Training:
         asked = step > 0 and (step % config.validate_every == 0 or step == config.steps)
         return asked and self.progress.losses[-1]["validation"] is None
 
+    def _pruning_due(self) -> bool:
+        """Whether a round has had its turn and was not run; none after the last step, whose result nobody trains."""
+        progress = self.progress
+        return progress.step < self.course.config.steps and self.pruning.rounds(progress.step) > progress.rounds
+
+    def _prune(self) -> None:
+        with uninterrupted():
+            self.pruning.run(self.progress.rounds)
+            self.progress.rounds += 1
+
+    def _sample_loss(self) -> float:
+        """Mean loss of the validation rows that make one batch."""
+        return mean_loss(self.objective, self.validation[: self.course.config.batch], self.course.config)
+
     def _validate(self) -> None:
         progress, config = self.progress, self.course.config
         loss = mean_loss(self.objective, self.validation, config)
@@ -104,7 +124,7 @@ class Training:
             raise not_finite("the validation loss", self.course, progress.step)
         with uninterrupted():
             progress.losses[-1]["validation"] = loss
-            _keep_best(progress, loss, self.named)
+            _keep_best(progress, loss, self.held)
 
     def _step(self, step: int, rows: Sequence[Row]) -> None:
         """One optimizer step over `rows`; the loss is normalised by the supervised units of the whole step."""
@@ -114,7 +134,8 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         mine = rows[accelerator.process_index :: accelerator.num_processes]
-        mean, tokens = self._gradients(mine)
+        with getattr(self.update, "around", nullcontext)():
+            mean, tokens = self._gradients(mine)
         check_finite(mean, self.named, self.course, step + 1)
         if config.clip is not None:
             accelerator.clip_grad_norm_(list(self.named.values()), config.clip)
@@ -175,15 +196,21 @@ def trained_parameters(model: PreTrainedModel, layers: Mapping[str, LoRA]) -> It
         yield name, "head", parameter
 
 
-def _keep_best(progress: Progress, validation: float, named: Mapping[str, Parameter]) -> None:
+def _keep_best(progress: Progress, validation: float, held: Mapping[str, Tensor]) -> None:
     if progress.best_loss is None or validation < progress.best_loss:
         progress.best_loss, progress.best_step, progress.waiting = validation, progress.step, 0
-        progress.best = {name: parameter.detach().clone() for name, parameter in named.items()}
+        progress.best = {name: tensor.detach().clone() for name, tensor in held.items()}
     else:
         progress.waiting += 1
 
 
-def _restore(named: Mapping[str, Parameter], best: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(best[name])
+def _buffers(layers: Mapping[str, LoRA]) -> Iterator[tuple[str, Tensor]]:
+    """What layers hold beside what trains, and change."""
+    for name, layer in layers.items():
+        for part, tensor in layer.named_buffers(recurse=False):
+            yield f"{name}.{part}", tensor
+
+
+def _restore(held: Mapping[str, Tensor], best: Mapping[str, Tensor]) -> None:
+    for name, tensor in held.items():
+        tensor.data = best[name].clone()  # of another shape where ranks have changed since

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
-
 from cola_core.checksums import check_files
+from cola_core.config.base import Strict
 from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
 from cola_core.config.report import RegisterConfig
 from cola_core.config.task import FetchConfig, PrepareConfig
@@ -21,7 +20,7 @@ from tasks.places import ARTIFACTS, link_dir
 
 __all__ = ["card", "chain_json", "metrics"]
 
-TRAINED: dict[str, type[BaseModel]] = {"link": LinkConfig, "schedule": ScheduleConfig, "machine": MachineConfig}
+TRAINED: dict[str, type[Strict]] = {"link": LinkConfig, "schedule": ScheduleConfig, "machine": MachineConfig}
 
 
 def card(context: Context) -> str:

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
-
-from cola_core.config.base import parse, read_yaml
+from cola_core.config.base import Strict, parse, read_yaml
 from cola_core.errors import UserError
 
 __all__ = ["Context", "Done", "open_context"]
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=Strict)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def test_a_record_of_the_version_before_is_posted(tmp_path: Path, monkeypatch: p
 
 
 def test_parameters_of_the_version_before_name_the_key_that_is_new() -> None:
-    with pytest.raises(UserError, match=r"link\.keep_link: missing; conf/ has its default"):
+    with pytest.raises(UserError, match=r"profile\.directions: missing; conf/ has its default"):
         check_params(read_yaml(OLD / "params.yaml"))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from cola_core.adapters import LoRA
@@ -27,12 +28,24 @@ SCALES: dict[str, Callable[[float, int], float]] = {
 class Form:
     """One way to make A and B.
 
-    prepare: gives a new layer the parts it has beside A and B, and freezes what does not train;
-    factors: A (r x in) and B (out x r) as the forward pass takes them.
+    prepare: gives a new layer the parts it has beside A and B, and freezes what does not train; its last argument is
+        the seed of the layer's own random stream;
+    factors: A (r x in) and B (out x r) as the forward pass takes them;
+    connect: tells the layers of one link of each other, by name, once all are prepared;
+    low: r numbers per token, A x unless the form says otherwise;
+    merged: what stands for the layer when it is merged, `factors` where the merge is exact.
     """
 
-    prepare: Callable[[LoRA, Options], None]
+    prepare: Callable[[LoRA, Options, int], None]
     factors: Callable[[LoRA], tuple[Tensor, Tensor]]
+    connect: Callable[[Mapping[str, LoRA], Options], None] = lambda layers, options: None
+    low: Callable[[LoRA, Tensor, Tensor], Tensor] = lambda layer, x, a: functional.linear(layer.dropout(x), a)
+    merged: Callable[[LoRA], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the merged model computes what the layers do."""
+        return self.merged is None
 
 
 def own(layer: LoRA) -> tuple[Tensor, Tensor]:
@@ -40,16 +53,16 @@ def own(layer: LoRA) -> tuple[Tensor, Tensor]:
     return layer.A, layer.B
 
 
-def nothing(layer: LoRA, options: Options) -> None:
+def nothing(layer: LoRA, options: Options, seed: int) -> None:
     """A and B train, and nothing else."""
 
 
-def freeze_a(layer: LoRA, options: Options) -> None:
+def freeze_a(layer: LoRA, options: Options, seed: int) -> None:
     """FFA-LoRA, arXiv 2403.12313, section 3; RAC-LoRA, arXiv 2410.08305, with a right sketch: B alone trains."""
     layer.A.requires_grad_(False)
 
 
-def freeze_b(layer: LoRA, options: Options) -> None:
+def freeze_b(layer: LoRA, options: Options, seed: int) -> None:
     """RAC-LoRA with a left sketch: A alone trains."""
     layer.B.requires_grad_(False)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,12 +23,16 @@ WIDE = 2**63  # beyond it torch, Arrow and SQLite know no integer
 
 
 class Strict(BaseModel):
-    """Base of every section: no unknown key, no coercion, no change after reading, no hidden default, no infinity."""
+    """Base of every section: no unknown key, no coercion, no change after reading, no hidden default, no infinity.
 
+    MOVED: key of an earlier version -> where it stands now.
+    """
+
+    MOVED: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=Strict)
 LONE = re.compile("[\ud800-\udfff]")
 
 
@@ -145,13 +149,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _line(
-    model: type[BaseModel], data: Any, error: ValidationError, where: str, others: Mapping[str, str], advice: str
+    model: type[Strict], data: Any, error: ValidationError, where: str, others: Mapping[str, str], advice: str
 ) -> str:
     """One line for the first error, unknown keys first, as they often explain a missing one; `advice` is for that."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     path = _keys(first["loc"], data)
     key = ".".join(filter(None, [others.get(path[0], where) if path else where, *path]))
     if first["type"] == "extra_forbidden":
+        if moved := _model_at(model, first["loc"][:-1]).MOVED.get(path[-1]):
+            return f"{key}: stands under {moved} since version 0.3"
         return f"{key}: unknown key{suggest(path[-1], _fields(model, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"{key}: missing{advice}"
@@ -175,29 +181,29 @@ def _keys(loc: Sequence[int | str], data: Any) -> list[str]:
     return keys
 
 
-def _fields(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+def _fields(model: type[Strict], loc: Sequence[int | str]) -> list[str]:
     """The keys allowed at `loc`."""
     return [field.alias or name for name, field in _model_at(model, loc).model_fields.items()]
 
 
-def _kinds(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+def _kinds(model: type[Strict], loc: Sequence[int | str]) -> list[str]:
     """The names that the tagged value at `loc` may have."""
     inner = get_args(_model_at(model, loc[:-1]).model_fields[str(loc[-1])].annotation)
     return [kind for value in inner for kind in _own(value)]
 
 
-def _own(model: type[BaseModel]) -> tuple[str, ...]:
+def _own(model: type[Strict]) -> tuple[str, ...]:
     """The names of a tagged value; none for other models."""
     field = model.model_fields.get("kind")
     return get_args(field.annotation) if field else ()
 
 
-def _model_at(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:
+def _model_at(model: type[Strict], loc: Sequence[int | str]) -> type[Strict]:
     """The model at `loc`, following nested models, optional ones, tagged ones and mappings of models."""
     for part, tag in zip_longest(loc, loc[1:]):
         field = model.model_fields.get(str(part))
         inner = [field.annotation, *get_args(field.annotation)] if field else []
-        models = [k for k in inner if isinstance(k, type) and issubclass(k, BaseModel)]
+        models = [k for k in inner if isinstance(k, type) and issubclass(k, Strict)]
         if models:
             model = next((k for k in models if tag in _own(k)), models[0])
     return model

@@ -89,6 +89,8 @@ class LinkConfig(Strict):
     patience: validations without improvement before the link stops early; null = never.
     """
 
+    MOVED = {"gamma": "link.initialiser.gamma", "ratio": "link.update.ratio"}  # noqa: RUF012
+
     initialiser: Initialiser
     parametrisation: Parametrisation
     scale: Scale

@@ -1,0 +1,40 @@
+"""Axis 'schedule', inside a link: what happens to ranks while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch.optim import Optimizer
+
+from cola_core.adapters import LoRA
+
+__all__ = ["PRUNINGS", "Pruning"]
+
+
+class Pruning(Protocol):
+    """Rounds of a link, each run once."""
+
+    def rounds(self, step: int) -> int:
+        """How many rounds have had their turn once `step` steps are done."""
+
+    def run(self, number: int) -> None:
+        """Run one round, the first is 0; parameters, buffers and optimizer state change together."""
+
+
+class Never:
+    """Ranks stay as they are."""
+
+    def __init__(self, layers: Mapping[str, LoRA], optimizer: Optimizer, loss: Callable[[], float], link: Any) -> None:
+        pass
+
+    def rounds(self, step: int) -> int:
+        """None."""
+        return 0
+
+    def run(self, number: int) -> None:
+        """Never called."""
+
+
+# The link's layers, its optimizer, what gives the loss of one validation batch, and its Course -> the rounds.
+PRUNINGS: dict[str, Callable[[Mapping[str, LoRA], Optimizer, Callable[[], float], Any], Pruning]] = {"none": Never}
