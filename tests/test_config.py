@@ -49,7 +49,7 @@ def test_the_committed_parameters_are_right() -> None:
         ("link.update", "adam", "link.update: 'adam' is not a value; did you mean 'adamw'?"),
         ("chain.2.link.update", "adam", "chain.2.link.update: 'adam' is not a value; did you mean 'adamw'?"),
         ("link.update", ..., "link.update: missing"),
-        ("link.update", 3, "link.update: 3 is not a value; allowed: adamw, sgd, lora_plus"),
+        ("link.update", 3, "link.update: needs a name, or a name with its numbers"),
         ("link.update", "lora_plus", "link.update.ratio: missing"),
         ("link.update", {"kind": "lora_plus", "rato": 2.0}, "link.update.rato: unknown key; did you mean 'ratio'?"),
         ("chain.2.link.update", {"kind": "lora_plus", "ratio": 0.0}, "chain.2.link.update.ratio: Input should be grea"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -19,6 +20,8 @@ class Value(Strict):
 
 def _named(value: Any) -> Any:
     """A bare name is a value without numbers."""
+    if not isinstance(value, str | Mapping | Value):
+        raise ValueError("needs a name, or a name with its numbers such as {kind: gora, gamma: 0.05}")
     return {"kind": value} if isinstance(value, str) else value
 
 
