@@ -17,8 +17,8 @@ from cola_core.knot import open_chain
 from cola_core.lineage import Link, read_chain
 from cola_core.links import run_link
 from cola_core.root import base_manifest, write_root
+from cola_core.scoring import mean_loss
 from cola_core.targets import select_targets
-from cola_core.train import mean_loss
 
 __all__ = ["quality"]
 

@@ -16,7 +16,7 @@ from benchmarks.memory import left_bytes, peak_bytes
 from benchmarks.pairs import Pairs, alternate
 from benchmarks.results import Row, compared
 from benchmarks.setting import Setting
-from cola_core.axes.allocators import allocate
+from cola_core.axes.allocators import Question, allocate
 from cola_core.axes.initialisers import draw_a
 from cola_core.config.recipe import AllocateConfig
 from cola_core.models import adaptable, weight_shape
@@ -91,7 +91,7 @@ class Probes:
         """What the recipe's allocator makes of a profile."""
         shapes = {name: weight_shape(module) for name, module in self.modules.items()}
         config = AllocateConfig(**self.where.params.allocate)
-        return allocate(shapes, {name: m["importance"] for name, m in found.modules.items()}, config).ranks
+        return allocate(Question(shapes, found.modules, config, 0, 1)).ranks
 
     def ask(self, on: bool) -> None:
         """Want gradients of the weights, or no longer, and then drop those that are there."""

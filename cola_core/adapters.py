@@ -38,9 +38,18 @@ class Pair:
 class LoRA(nn.Module):
     """y = W x + s B A dropout(x), with W frozen (LoRA, arXiv 2106.09685, equation 3).
 
-    A and B are kept in the master dtype and computed in x's own. `given`: the pair that W gave up at the start, so that
-    the layer computes W x + s (B A - B_0 A_0) x; None for nothing.
+    A and B are kept in the master dtype and computed in x's own; a form may add parts and read other layers.
+    given: the pair that W gave up at the start, so that the layer computes W x + s (B A - B_0 A_0) x; None for nothing.
+    noise: standard deviation of every row of the noise on W, out, redrawn at every pass; None for none.
+    previous: layers of this kind in earlier blocks, nearest first; seen: the last input (ResLoRA).
     """
+
+    gate: nn.Parameter
+    score: nn.Parameter
+    temperature: float
+    ratios: Tensor
+    batches: Tensor
+    seen: Tensor
 
     def __init__(
         self, base: nn.Module, pair: Pair, dropout: float = 0.0, form: Form = PARAMETRISATIONS["plain"]
@@ -50,6 +59,8 @@ class LoRA(nn.Module):
         self.A, self.B = nn.Parameter(pair.a), nn.Parameter(pair.b)
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
         self.given: Pair | None = None
+        self.noise: Tensor | None = None
+        self.previous: list[LoRA] = []
 
     @property
     def weight(self) -> Tensor:
@@ -62,7 +73,10 @@ class LoRA(nn.Module):
         a, b = self._with_given(*self.form.factors(self))
         low = self.form.low(self, x, a.to(x.dtype))
         result: Tensor = self.base(x) + functional.linear(low, self.scale * b.to(x.dtype))
-        return result
+        if self.noise is None:
+            return result
+        noise = self.noise[:, None] * torch.randn(len(b), x.shape[-1], dtype=self.noise.dtype, device=x.device)
+        return result + functional.linear(x, noise.to(x.dtype))
 
     def _with_given(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if self.given is None:
@@ -74,6 +88,8 @@ class LoRA(nn.Module):
         bias = getattr(self.base, "bias", None)
         trained = bias.detach().clone() if bias is not None and bias.requires_grad else None
         a, b = self._with_given(*(self.form.merged or self.form.factors)(self))
+        if trained is not None and not len(a):  # a file has no rank 0, and the bias needs its place
+            a, b = a.new_zeros(1, a.shape[1]), b.new_zeros(len(b), 1)
         return Pair(a.detach().clone(), b.detach().clone(), self.scale, trained)
 
 

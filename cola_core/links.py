@@ -18,13 +18,14 @@ from cola_core.adapters import Pair, detach
 from cola_core.axes.parametrisations import SCALES
 from cola_core.checkpoints import Progress
 from cola_core.config.recipe import LinkConfig
+from cola_core.errors import UserError
 from cola_core.health import Course, not_finite
 from cola_core.job import LinkJob
-from cola_core.knot import KNOT_ROWS, sample_scores, tie_knot, tied
+from cola_core.knot import KNOT_ROWS, exact, merged, sample_scores, tie_knot, tied
 from cola_core.models import head_parameters, place
-from cola_core.scoring import Objective
+from cola_core.scoring import Objective, mean_loss
 from cola_core.start import first_layers, first_pairs
-from cola_core.train import Training, mean_loss
+from cola_core.train import Training
 
 __all__ = ["run_link"]
 
@@ -63,7 +64,8 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
     scores = sample_scores(objective, job.validation[:KNOT_ROWS])
     adapter, progress = _adapter(model, job), training.progress
     del objective, model, layers, training
-    record = _record(job, adapter, progress, without)
+    handed_on = None if exact(job.config) else mean_loss(merged(job, adapter), job.validation, job.config)
+    record = _record(job, adapter, progress, without, handed_on)
     return adapter, {**record, "knot": tie_knot(job, adapter, scores, record["kept"])}, progress
 
 
@@ -78,7 +80,11 @@ def _loss_without(objective: Objective, job: LinkJob, course: Course) -> float:
 def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:
     """What was learned, as a file of its own."""
     base = job.chain[0].record["base"]
-    pairs = {name: Pair(p.a.cpu(), p.b.cpu(), p.scale, p.bias) for name, p in detach(model).items()}
+    pairs = {name: pair.to("cpu") for name, pair in detach(model).items() if pair.rank or pair.bias is not None}
+    if not pairs:
+        raise UserError(
+            f"link {len(job.chain)}: training has taken every rank away; lower link.update.threshold, or take fewer steps"
+        )
     return Adapter(
         pairs=pairs,
         base=base["asset"],
@@ -97,15 +103,19 @@ def _alpha(pair: Pair, config: LinkConfig) -> float:
     return pair.scale / SCALES[config.scale](1.0, pair.rank)
 
 
-def _record(job: LinkJob, adapter: Adapter, progress: Progress, without: float | None) -> dict[str, Any]:
+def _record(
+    job: LinkJob, adapter: Adapter, progress: Progress, without: float | None, handed_on: float | None
+) -> dict[str, Any]:
     """The content of link.json, knot and file hashes apart; no time, host or path stands in it.
 
     Args:
         without: validation loss of the chain before this link, where the policy asks for it.
+        handed_on: that of the merged model, where merging changes what was trained.
     """
     best = job.config.keep == "best"
     loss = progress.best_loss if best else progress.losses[-1]["validation"]
     assert loss is not None, "the last step is always validated"
+    trained, loss = loss, loss if handed_on is None else handed_on
     return {
         "link": len(job.chain),
         "parent": {"link": job.chain[-1].number, "hash": job.chain[-1].hash},
@@ -120,6 +130,7 @@ def _record(job: LinkJob, adapter: Adapter, progress: Progress, without: float |
         "kept": without is None or loss < without,
         "validation_before": without,
         "validation_loss": loss,
+        "validation_loss_as_trained": trained,
         "tokens": progress.tokens,
         "probe_tokens": job.probe_tokens,
         "ranks": {name: pair.rank for name, pair in adapter.pairs.items()},

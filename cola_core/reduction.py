@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from cola_core.adapters import Pair
 from cola_core.axes.initialisers import draw_a
 from cola_core.config.recipe import ProfileConfig
+from cola_core.directions import Directions, gradient_directions
 from cola_core.errors import UserError
 from cola_core.gap import decomposable, frank_wolfe_gap
 from cola_core.models import as_matrix
+from cola_core.seeds import derive
 
 __all__ = ["IMPORTANCE", "Modules", "Reducer"]
 
@@ -54,11 +56,12 @@ class Reducer:
         """
         gradient = wide(gradient)
         norm = self.finite(name, float(gradient.norm()))
-        self.keep(name, gradient @ self.a_max(name).T, self.importance(name, gradient), norm, gradient)
+        keep = DIRECTIONS.get(self.config.directions)
+        self.keep(name, keep(self, name, gradient) if keep else {}, self.importance(name, gradient), norm, gradient)
 
-    def keep(self, name: str, sketch: Tensor, importance: float, norm: float, gradient: Tensor) -> None:
+    def keep(self, name: str, directions: Directions, importance: float, norm: float, gradient: Tensor) -> None:
         """Note what was found for one module; the gap is taken of `gradient`, G itself or what stands for it."""
-        self.directions[name] = {"sketch": sketch.cpu()}
+        self.directions[name] = directions
         gap = frank_wolfe_gap(gradient, self.earlier.get(name, ()), self.config.gap_radius)
         self.found[name] = {"importance": importance, "gradient_norm": norm, **gap}
 
@@ -81,6 +84,15 @@ class Reducer:
         if not math.isfinite(norm):
             raise UserError(f"probe: the gradient of {name} is not finite; check the data, or use machine.dtype=fp32")
         return norm
+
+
+# What is kept of G, out x in, for an initialiser.
+DIRECTIONS: dict[str, Callable[[Reducer, str, Tensor], Directions]] = {
+    "sketch": lambda reduce, name, g: {"sketch": (g @ reduce.a_max(name).T).cpu()},
+    "gradient": lambda reduce, name, g: gradient_directions(
+        g, reduce.config.sketch, derive(*reduce.stream, "svd", name)
+    ),
+}
 
 
 def wide(tensor: Tensor) -> Tensor:

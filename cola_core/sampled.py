@@ -59,7 +59,8 @@ class SampledGradient:
         left = torch.linalg.svd(sketch, full_matrices=False).U[:, : max(1, len(self.rows) // 2)]
         nearby = left @ (torch.linalg.pinv(left[self.rows], rtol=0.1) @ part)
         nearby *= min(1.0, norm / max(float(nearby.norm()), 1e-30))
-        self.reduce.keep(self.name, sketch, self._importance(part, sketch), norm, nearby)
+        kept = {"sketch": sketch.cpu()} if self.reduce.config.directions == "sketch" else {}
+        self.reduce.keep(self.name, kept, self._importance(part, sketch), norm, nearby)
 
     def _choose(self, energy: Tensor) -> None:
         """The rows of most energy, then as many of the others drawn at random."""

@@ -14,10 +14,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from cola_core.batches import Batch
 from cola_core.collate import COLLATE, LENGTH
+from cola_core.config.recipe import LinkConfig
 from cola_core.packing import PACKED, first_tokens, packed_inputs, use_packing
 from cola_core.rows import Row, Task, group_by_length
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "mean_loss"]
 
 
 class Objective(nn.Module):
@@ -104,6 +105,17 @@ class Objective(nn.Module):
         with _only_positions(self.model, batch):
             logits = FORWARD[self.kind](self.model, batch.inputs)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def mean_loss(objective: Objective, rows: Sequence[Row], config: LinkConfig) -> float:
+    """Mean training loss over `rows`, in eval mode, without gradients."""
+    objective.eval()
+    total, units = 0.0, 0
+    with torch.no_grad():
+        for indices in objective.groups(rows, config.micro_batch, config.micro_tokens):
+            batch = objective.training_batch([rows[i] for i in indices])
+            total, units = total + float(objective(batch)), units + objective.units(batch)
+    return total / units
 
 
 @contextmanager

@@ -18,15 +18,14 @@ from cola_core.axes.prunings import PRUNINGS
 from cola_core.axes.schedules import learning_rate_factor
 from cola_core.axes.updates import build_optimizer
 from cola_core.checkpoints import Progress, load_checkpoint, random_state, save_checkpoint
-from cola_core.config.recipe import LinkConfig
 from cola_core.health import Course, check_divergence, check_finite, not_finite
 from cola_core.interrupts import uninterrupted
 from cola_core.models import head_parameters
 from cola_core.rows import Row, order
-from cola_core.scoring import Objective
+from cola_core.scoring import Objective, mean_loss
 from cola_core.seeds import derive
 
-__all__ = ["Training", "mean_loss", "trained_parameters"]
+__all__ = ["Training", "trained_parameters"]
 
 
 class Training:
@@ -49,10 +48,10 @@ class Training:
         self.objective, self.train, self.validation, self.course = objective, train, validation, course
         self.accelerator = Accelerator(cpu=objective.model.device.type == "cpu")
         self.named = {name: parameter for name, _, parameter in trained_parameters(objective.model, layers)}
-        self.held = {**self.named, **dict(_buffers(layers))}
         self.update = build_optimizer(trained_parameters(objective.model, layers), config, layers)
         self.wrapped, self.optimizer = self.accelerator.prepare(objective, self.update)
         self.pruning = PRUNINGS[config.pruning.kind](layers, self.update, self._sample_loss, course)
+        self.held = {**self.named, **dict(_buffers(layers))}
         torch.manual_seed(derive(course.seed, course.link, "dropout"))
         kept = course.checkpoint
         self.progress = load_checkpoint(kept, self.held, self.optimizer) if kept else Progress()
@@ -169,17 +168,6 @@ class Training:
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total.to(accelerator.device), "sum")
         return float(total) / units, tokens
-
-
-def mean_loss(objective: Objective, rows: Sequence[Row], config: LinkConfig) -> float:
-    """Mean training loss over `rows`, in eval mode, without gradients."""
-    objective.eval()
-    total, units = 0.0, 0
-    with torch.no_grad():
-        for indices in objective.groups(rows, config.micro_batch, config.micro_tokens):
-            batch = objective.training_batch([rows[i] for i in indices])
-            total, units = total + float(objective(batch)), units + objective.units(batch)
-    return total / units
 
 
 def trained_parameters(model: PreTrainedModel, layers: Mapping[str, LoRA]) -> Iterator[tuple[str, str, Parameter]]:

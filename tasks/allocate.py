@@ -11,7 +11,7 @@ RETRIES = 0
 
 def main(context: Context) -> Done:
     """Write ranks.json: importance, advantage, rank, clamp hits, budget asked and spent."""
-    from cola_core.axes.allocators import allocate
+    from cola_core.axes.allocators import Question, allocate
     from cola_core.config.recipe import AllocateConfig
     from cola_core.sealed import read_sealed, write_sealed
 
@@ -19,8 +19,8 @@ def main(context: Context) -> Done:
     source = link_dir(context.raw["chain"][context.key]["profile_from"], "profile")
     modules = read_sealed(source / "profile.json", "profile")["modules"]
     shapes = {name: (m["shape"][0], m["shape"][1]) for name, m in modules.items()}
-    importance = {name: m["importance"] for name, m in modules.items() if "importance" in m}
-    result = allocate(shapes, importance, context.section(AllocateConfig, "allocate"))
+    config = context.section(AllocateConfig, "allocate")
+    result = allocate(Question(shapes, modules, config, context.value("seed"), int(context.key)))
     path = ARTIFACTS / "links" / context.key / "ranks.json"
     write_sealed(path, "ranks", result.to_json())
     ranks = result.ranks.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tasks.context import Context, Done
@@ -9,7 +10,7 @@ from tasks.places import ARTIFACTS, link_dir
 from tasks.stage import run
 
 RETRIES = 0
-BASE, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "prepare"
+BASE, SISTERS, PREPARED = ARTIFACTS / "fetch/model", ARTIFACTS / "fetch/sisters", ARTIFACTS / "prepare"
 
 
 def main(context: Context) -> Done:
@@ -27,8 +28,10 @@ def main(context: Context) -> Done:
     names = select_targets(shapes, context.value("targets"))
     found: dict[str, Any] = {"probe": config.probe, "modules": {name: {"shape": shapes[name]} for name in names}}
     directions: dict[str, dict[str, Any]] = {}
-    if config.probe != "none":
-        directions = _probe(context, config, found)
+    if config.probe != "none" or config.directions == "activations":
+        directions = _passes(context, config, found)
+    if config.directions == "sisters":
+        directions = _sisters(context, config, names)
     with new_dir(link_dir(context.key, "profile")) as folder:
         write_sealed(folder / "profile.json", "profile", found)
         if directions:
@@ -41,41 +44,67 @@ def main(context: Context) -> Done:
     return Done(_metrics(found), [_parent(context)], [out], [out / "profile.json"])
 
 
-def _probe(context: Context, config: Any, found: dict[str, Any]) -> dict[str, Any]:
-    """Run the probe on the chain so far; fills `found` and returns the directions."""
-    from cola_core.chain import pairs_by_module, tie
+def _passes(context: Context, config: Any, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Run the probe, and the inputs' pass if asked, on the chain so far; fills `found` and returns the directions."""
+    from cola_core.chain import pairs_by_module
     from cola_core.config.recipe import MachineConfig
+    from cola_core.directions import activation_directions
+    from cola_core.knot import open_chain
     from cola_core.lineage import read_chain
-    from cola_core.models import load_base, place
     from cola_core.probe import probe
     from cola_core.rows import Task
-    from cola_core.scoring import Objective
     from cola_core.split_files import read_rows
 
-    machine = context.section(MachineConfig, "machine")
-    chain, task = read_chain(_parent(context)), Task.read(PREPARED / "task.json")
-    model = load_base(BASE, machine, len(task.labels))
-    dict(tie(model, chain))
-    objective = Objective(place(model, machine), chain[0].record["base"]["kind"], task)
-    modules = {name: model.get_submodule(name) for name in found["modules"]}
+    chain, machine = read_chain(_parent(context)), context.section(MachineConfig, "machine")
+    objective = open_chain(BASE, chain, Task.read(PREPARED / "task.json"), machine)
+    modules = {name: objective.model.get_submodule(name) for name in found["modules"]}
     rows = read_rows(PREPARED / "probe.arrow")
-    print(f"profile: {len(rows)} examples, {len(modules)} modules, {config.probe}", flush=True)
-    result = probe(objective, rows, modules, pairs_by_module(chain), config, (context.value("seed"), len(chain)))
-    found |= {"loss": result.loss, "examples": result.examples, "tokens": result.tokens}
-    for name, numbers in result.modules.items():
-        found["modules"][name] |= numbers
-    return result.directions
+    print(f"profile: {len(rows)} examples, {len(modules)} modules, {config.probe}, {config.directions}", flush=True)
+    found |= {"examples": len(rows), "tokens": 0}
+    directions: dict[str, dict[str, Any]] = {}
+    if config.probe != "none":
+        result = probe(objective, rows, modules, pairs_by_module(chain), config, (context.value("seed"), len(chain)))
+        directions = result.directions
+        found |= {"loss": result.loss, "examples": result.examples, "tokens": result.tokens}
+        for name, numbers in result.modules.items():
+            found["modules"][name] |= numbers
+    if config.directions == "activations":
+        directions, tokens = activation_directions(objective, rows, modules, config.sketch, config.micro_batch)
+        found["tokens"] += tokens
+        for name, axes in directions.items():
+            found["modules"][name]["variance"] = axes["variance"].tolist()
+    return directions
+
+
+def _sisters(context: Context, config: Any, names: list[str]) -> dict[str, dict[str, Any]]:
+    """What the fetched sisters' changes of the root base have in common."""
+    from cola_core.checksums import check_files
+    from cola_core.config.recipe import MachineConfig
+    from cola_core.directions import sister_directions
+    from cola_core.models import as_matrix, load_base
+    from cola_core.rows import Task
+
+    check_files(SISTERS)
+    machine, labels = context.section(MachineConfig, "machine"), len(Task.read(PREPARED / "task.json").labels)
+
+    def weights(folder: Path) -> dict[str, Any]:
+        model = load_base(folder, machine, labels)
+        return {name: as_matrix(model.get_submodule(name)) for name in names}
+
+    folders = sorted(path for path in SISTERS.iterdir() if path.is_dir())
+    return sister_directions(weights(BASE), map(weights, folders), config.sketch)
 
 
 def _metrics(found: dict[str, Any]) -> dict[str, float]:
+    passed: dict[str, float] = {name: float(found[name]) for name in ("loss", "examples", "tokens") if name in found}
     if found["probe"] == "none":
-        return {}
+        return passed
     modules = found["modules"].values()
     totals = {
         "frank_wolfe_gap": sum(m["gap"] for m in modules),
         "gap_valid_share": sum(m["gap_valid"] for m in modules) / len(modules),
     }
-    return {**{name: float(found[name]) for name in ("loss", "examples", "tokens")}, **totals}
+    return {**passed, **totals}
 
 
 def _parent(context: Context) -> Any:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from cola_core.axes.allocators import ALLOCATORS, allocate
+from cola_core.axes.allocators import ALLOCATORS, Allocation, Question, allocate
 from cola_core.axes.bases import BASES
 from cola_core.axes.initialisers import INITIALISERS
 from cola_core.axes.parametrisations import PARAMETRISATIONS, SCALES
@@ -27,6 +27,11 @@ GORA = AllocateConfig(**{**UNIFORM.model_dump(), "allocator": "gora"})
 SHAPES = st.dictionaries(
     st.sampled_from("abcdefgh"), st.tuples(st.integers(40, 3000), st.integers(40, 3000)), min_size=1
 )
+
+
+def allocated(shapes: dict[str, tuple[int, int]], importance: dict[str, float], config: AllocateConfig) -> Allocation:
+    found = {name: {"importance": value} for name, value in importance.items()}
+    return allocate(Question(shapes, found, config, 0, 1))
 
 
 def kinds(section: Any, field: str) -> set[str]:
@@ -50,7 +55,7 @@ def test_every_axis_offers_exactly_the_values_that_the_configuration_names() -> 
 def test_equal_importance_gives_gora_ranks_in_proportion_to_the_papers_formula(
     shapes: dict[str, tuple[int, int]],
 ) -> None:
-    result = allocate(shapes, dict.fromkeys(shapes, 0.5), GORA)
+    result = allocated(shapes, dict.fromkeys(shapes, 0.5), GORA)
     budget = sum(8 * math.sqrt(a + b) for a, b in shapes.values())
     for name, (a, b) in shapes.items():
         wanted = round(budget / len(shapes) / math.sqrt(a + b))
@@ -66,7 +71,7 @@ def test_gora_spends_no_more_than_asked_where_nothing_is_clamped(shapes: dict[st
     generator = torch.Generator().manual_seed(seed)
     importance = {name: float(torch.rand(1, generator=generator)) for name in shapes}
     free = GORA.model_copy(update={"r_min": 1, "r_max": 10**6})
-    result = allocate(shapes, importance, free)
+    result = allocated(shapes, importance, free)
     budget = sum(8 * math.sqrt(sum(s)) for s in shapes.values())
     spent = sum(r * math.sqrt(sum(shapes[n])) for n, r in result.ranks.items() if n not in result.clamped)
     assert spent <= budget + sum(0.5 * math.sqrt(sum(s)) for s in shapes.values())
@@ -74,7 +79,7 @@ def test_gora_spends_no_more_than_asked_where_nothing_is_clamped(shapes: dict[st
 
 def test_linear_features_are_the_released_codes_floor() -> None:
     shapes = {"a": (100, 100), "b": (300, 100)}
-    result = allocate(shapes, {"a": 0.7, "b": 0.3}, GORA.model_copy(update={"features": "linear"}))
+    result = allocated(shapes, {"a": 0.7, "b": 0.3}, GORA.model_copy(update={"features": "linear"}))
     assert result.ranks == {"a": round(4800 * 0.7) // 200, "b": 4}
     assert result.clamped == {"b": "r_min"}
 
@@ -82,7 +87,7 @@ def test_linear_features_are_the_released_codes_floor() -> None:
 @given(SHAPES)
 def test_uniform_ranks_stay_within_the_matrix(shapes: dict[str, tuple[int, int]]) -> None:
     small = {**shapes, "thin": (3, 500)}
-    result = allocate(small, {}, UNIFORM)
+    result = allocated(small, {}, UNIFORM)
     assert result.ranks == {**dict.fromkeys(shapes, 8), "thin": 3}
 
 

@@ -121,7 +121,7 @@ def test_a_link_that_does_not_help_is_dropped_by_policy(family: str, tmp_path: P
 
 def test_the_validation_before_the_first_link_is_the_bases(tmp_path: Path) -> None:
     from cola_core.knot import open_chain
-    from cola_core.train import mean_loss
+    from cola_core.scoring import mean_loss
 
     root = root_of("llama", tmp_path)
     job = job_of("llama", root, FP32, keep_link="if_better")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cola_core.adapters import Pair, attach, detach
-from cola_core.axes.allocators import allocate
+from cola_core.axes.allocators import Question, allocate
 from cola_core.axes.initialisers import INITIALISERS, draw_a
 from cola_core.axes.parametrisations import SCALES
 from cola_core.config.recipe import AllocateConfig
@@ -123,7 +123,7 @@ def test_gora_from_whole_gradients_in_float64(family: str, tmp_path: Path) -> No
         )
         for name in shapes
     }
-    result = allocate(shapes, {n: m["importance"] for n, m in found.modules.items()}, ALLOCATE)
+    result = allocate(Question(shapes, found.modules, ALLOCATE, 0, 1))
     assert result.ranks == ranks
     assert len(set(ranks.values())) > 1, "equal ranks everywhere would prove nothing"
     job = job_of(

@@ -14,8 +14,7 @@ from cola_core.knot import open_chain
 from cola_core.models import adaptable
 from cola_core.packing import use_packing
 from cola_core.rows import Row
-from cola_core.scoring import Objective
-from cola_core.train import mean_loss
+from cola_core.scoring import Objective, mean_loss
 from tests.lab import CANDIDATES, FAMILIES, FP64, KINDS, LINK, base_of, root_of, rows_of, task_of
 
 

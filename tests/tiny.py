@@ -92,7 +92,7 @@ def hashes(folder: Path) -> dict[str, str]:
     """Output path -> hash, from dvc.lock; register's out names a store and stands apart."""
     lock = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
     outs = {out["path"]: out["md5"] for stage, entry in lock.items() if stage != "register" for out in entry["outs"]}
-    assert len(outs) == 2 + 1 + 2 + 1 + 3 * 2 + 2
+    assert len(outs) == 3 + 1 + 2 + 1 + 3 * 2 + 2
     return outs
 
 

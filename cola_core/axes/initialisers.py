@@ -23,8 +23,8 @@ class Start:
     """What an initialiser may use for one module.
 
     weight: W, out x in, in the master dtype; rank: r; scale: s; directions: what the link's own profile kept of the
-    module (`sketch`: S = G A_max^T, out x rows); earlier: the pairs that the chain has merged into it; seed, link,
-    module: its random stream.
+    module (see `cola_core.directions`; `sketch`: S = G A_max^T, out x rows); earlier: the pairs that the chain has
+    merged into it; seed, link, module: its random stream.
     """
 
     weight: Tensor
@@ -97,4 +97,84 @@ def gora(start: Start, options: Any) -> First:
     return First(a, -xi * torch.linalg.solve(a @ a.T, g_at, left=False))
 
 
-INITIALISERS: dict[str, Initialiser] = {"kaiming": kaiming, "random_b": random_b, "gora": gora}
+def lora_ga(start: Start, options: Any) -> First:
+    """Singular vectors of G for A and others for B, and W gives up s B A (LoRA-GA, arXiv 2407.05000, section 3.2).
+
+    paper: both orthonormal times out^(1/4) / sqrt(gamma), as the authors' code; peft: A stays orthonormal and B takes
+    the gradient's singular values too, as PEFT 0.21 does.
+    """
+    left, values, right = (start.directions[name].double() for name in ("left", "values", "right"))
+    of_a, of_b = (_within(which, len(values)) for which in DIRECTIONS[options.direction](start.rank))
+    size = len(start.weight) ** 0.25 / math.sqrt(options.gamma)
+    a, b = right[:, of_a].T, left[:, of_b]
+    a, b = (a * size, b * size) if options.form == "paper" else (a, b * values[of_b] * size)
+    return First(a.contiguous(), b.contiguous(), kept=True)
+
+
+# Which singular vectors become A and which B: LoRA-GA's names, r -> (A's, B's) of the leading 2 r.
+DIRECTIONS: dict[str, Callable[[int], tuple[range, range]]] = {
+    "ArB2r": lambda r: (range(r), range(r, 2 * r)),
+    "A2rBr": lambda r: (range(r, 2 * r), range(r)),
+    "ArBr": lambda r: (range(1, 2 * r, 2), range(0, 2 * r, 2)),
+}
+
+
+def _within(which: range, count: int) -> list[int]:
+    """A small matrix has fewer than 2 r singular vectors: then the last ones it has, as many as asked for."""
+    return [index % count for index in which] if which[-1] >= count else list(which)
+
+
+def eva(start: Start, options: Any) -> First:
+    """A = the inputs' leading principal axes, B = 0 (EVA, arXiv 2410.07170, section 3.2)."""
+    a = start.directions["right"][:, : start.rank].T.double()
+    return First(a.contiguous(), torch.zeros(len(start.weight), start.rank, dtype=torch.float64))
+
+
+def cora(start: Start, options: Any) -> First:
+    """B = an orthonormal basis of what sister models have in common, A = 0 (CoRA, arXiv 2409.02119).
+
+    The sisters are the chain's own earlier links, or models of the user's. A random orthonormal basis completes what
+    they do not span: all of it in a chain's first link.
+    """
+    common = start.directions.get("common") if options.sisters == "given" else _span(start.earlier)
+    generator = torch.Generator().manual_seed(derive(start.seed, start.link, "init", start.module))
+    drawn = torch.randn(len(start.weight), start.rank, generator=generator, dtype=torch.float64)
+    parts = [drawn] if common is None else [common.double(), drawn]
+    b = torch.linalg.qr(torch.cat(parts, dim=1)).Q[:, : start.rank]
+    return First(torch.zeros(start.rank, start.columns, dtype=torch.float64), b.contiguous())
+
+
+def _span(pairs: Sequence[Pair]) -> Tensor | None:
+    """Left singular vectors of [dW_1 ... dW_n], out x k, from the factors alone: with A^T = Q R, B A = (B R^T) Q^T."""
+    if not pairs:
+        return None
+    cores = [p.scale * p.b.double() @ torch.linalg.qr(p.a.double().T).R.T for p in pairs]
+    left, values, _ = torch.linalg.svd(torch.cat(cores, dim=1), full_matrices=False)
+    spanned: Tensor = left[:, values > values[0] * 1e-9]
+    return spanned
+
+
+def momentum(start: Start, options: Any) -> First:
+    """A share of the last link's update stays in the pair: sqrt(m) A and sqrt(m) B, and W gives up m dW.
+
+    PeriodicLoRA's partial unloading (arXiv 2402.16141, section 3): the function goes on unchanged. The first link, and
+    ranks that the last link did not have, start as LoRA does.
+    """
+    first = kaiming(start, options)
+    if start.earlier:
+        last, root = start.earlier[-1], math.sqrt(options.momentum)
+        rank = min(start.rank, last.rank)
+        first.a[:rank] = root * last.a[:rank].double()
+        first.b[:, :rank] = root * last.scale / start.scale * last.b[:, :rank].double()
+    return First(first.a, first.b, kept=bool(first.b.any()))
+
+
+INITIALISERS: dict[str, Initialiser] = {
+    "kaiming": kaiming,
+    "random_b": random_b,
+    "gora": gora,
+    "lora_ga": lora_ga,
+    "eva": eva,
+    "cora": cora,
+    "momentum": momentum,
+}

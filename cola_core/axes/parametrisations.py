@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional
 
+from cola_core.forms import gates, shortcuts
+
 if TYPE_CHECKING:
     from cola_core.adapters import LoRA
     from cola_core.config.values import Parametrisation as Options
@@ -33,7 +35,8 @@ class Form:
     factors: A (r x in) and B (out x r) as the forward pass takes them;
     connect: tells the layers of one link of each other, by name, once all are prepared;
     low: r numbers per token, A x unless the form says otherwise;
-    merged: what stands for the layer when it is merged, `factors` where the merge is exact.
+    merged: A and B that stand for the layer when it is merged, None for `factors`; exact: whether they compute what
+        the layer does.
     """
 
     prepare: Callable[[LoRA, Options, int], None]
@@ -41,11 +44,7 @@ class Form:
     connect: Callable[[Mapping[str, LoRA], Options], None] = lambda layers, options: None
     low: Callable[[LoRA, Tensor, Tensor], Tensor] = lambda layer, x, a: functional.linear(layer.dropout(x), a)
     merged: Callable[[LoRA], tuple[Tensor, Tensor]] | None = None
-
-    @property
-    def exact(self) -> bool:
-        """Whether the merged model computes what the layers do."""
-        return self.merged is None
+    exact: bool = True
 
 
 def own(layer: LoRA) -> tuple[Tensor, Tensor]:
@@ -71,4 +70,14 @@ PARAMETRISATIONS = {
     "plain": Form(nothing, own),
     "frozen_a": Form(freeze_a, own),
     "frozen_b": Form(freeze_b, own),
+    "gated": Form(gates.start_gates, gates.gated, merged=gates.open_ranks),
+    "softmax_gated": Form(gates.start_scores, gates.softmax_gated),
+    "res_is": Form(
+        shortcuts.remember, own, shortcuts.connect, shortcuts.input_low, merged=shortcuts.by_inputs, exact=False
+    ),
+    "res_bs": Form(nothing, shortcuts.block_factors, shortcuts.connect),
+    "res_ms": Form(
+        shortcuts.remember, own, shortcuts.connect, shortcuts.middle_low, merged=shortcuts.by_inputs, exact=False
+    ),
+    "res_ms_weights": Form(nothing, own, shortcuts.connect, shortcuts.middle_low, shortcuts.by_weights, exact=False),
 }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch.optim import Optimizer
 
 from cola_core.adapters import LoRA
+from cola_core.health import Course
+from cola_core.pruning.alora import Ablation
+from cola_core.pruning.beam import Beam
 
 __all__ = ["PRUNINGS", "Pruning"]
 
@@ -25,7 +28,7 @@ class Pruning(Protocol):
 class Never:
     """Ranks stay as they are."""
 
-    def __init__(self, layers: Mapping[str, LoRA], optimizer: Optimizer, loss: Callable[[], float], link: Any) -> None:
+    def __init__(self, *_: object) -> None:
         pass
 
     def rounds(self, step: int) -> int:
@@ -36,5 +39,9 @@ class Never:
         """Never called."""
 
 
-# The link's layers, its optimizer, what gives the loss of one validation batch, and its Course -> the rounds.
-PRUNINGS: dict[str, Callable[[Mapping[str, LoRA], Optimizer, Callable[[], float], Any], Pruning]] = {"none": Never}
+# The link's layers, its optimizer, what gives the loss of one validation batch, and its course -> the rounds.
+PRUNINGS: dict[str, Callable[[Mapping[str, LoRA], Optimizer, Callable[[], float], Course], Pruning]] = {
+    "none": Never,
+    "beam_lora": Beam,
+    "alora": Ablation,
+}

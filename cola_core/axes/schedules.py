@@ -32,12 +32,18 @@ def learning_rate_factor(step: int, offset: int, schedule: ScheduleConfig, link:
 
     Args:
         step: 0-based step inside the link.
-        offset: steps of all earlier links; counts only where the schedule is `global`.
+        offset: steps of all earlier links; counts only where the schedule is `global` or `jagged`.
     """
+    if schedule.learning_rate == "jagged":  # ReLoRA, arXiv 2307.05695, section 3: warmed up again after every knot
+        warm = min(1.0, (step + 1) / max(1, math.ceil(link.warmup * link.steps)))
+        return warm * _decayed((offset + step) / schedule.horizon, link)
     whole = schedule.learning_rate == "global"
     position, steps = (offset + step, schedule.horizon) if whole else (step, link.steps)
     warm = math.ceil(link.warmup * steps)
     if position < warm:
         return (position + 1) / warm
-    done = (position - warm) / max(1, steps - warm)
+    return _decayed((position - warm) / max(1, steps - warm), link)
+
+
+def _decayed(done: float, link: LinkConfig) -> float:
     return link.floor + (1 - link.floor) * DECAYS[link.decay](done)

@@ -10,6 +10,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from cola_core.adapters import LoRA
 from cola_core.config.recipe import LinkConfig
+from cola_core.optimizers.penalised import Penalised, Proximal
+from cola_core.optimizers.perturbed import Ggpo, Mgpo
 
 __all__ = ["UPDATES", "Update", "build_optimizer"]
 
@@ -37,7 +39,38 @@ def lora_plus(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) ->
     return AdamW(groups, **adam_settings(config))
 
 
-UPDATES: dict[str, Update] = {"adamw": adamw, "sgd": sgd, "lora_plus": lora_plus}
+def penalised(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """XGBLoRA's L2 penalty on A and B."""
+    return Penalised(groups, config.update.l2, **adam_settings(config))  # type: ignore[union-attr]
+
+
+def proximal(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """SoRA's threshold on the gates."""
+    options: Any = config.update
+    return Proximal(groups, options.threshold, options.rule, options.l1, **adam_settings(config))
+
+
+def lora_ggpo(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """LoRA-GGPO's noise on the weights."""
+    options: Any = config.update
+    return Ggpo(groups, layers, options.sigma, options.beta, **adam_settings(config))
+
+
+def lora_mgpo(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """LoRA-MGPO's step up the momentum."""
+    options: Any = config.update
+    return Mgpo(groups, options.rho, options.smoothing, **adam_settings(config))
+
+
+UPDATES: dict[str, Update] = {
+    "adamw": adamw,
+    "sgd": sgd,
+    "lora_plus": lora_plus,
+    "penalised": penalised,
+    "proximal": proximal,
+    "lora_ggpo": lora_ggpo,
+    "lora_mgpo": lora_mgpo,
+}
 
 
 def adam_settings(config: LinkConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ __all__ = ["OWN_PROFILE", "REFUSALS", "Refusal", "refused"]
 
 
 # Initialisers that read their link's own profile, and how many of its directions each rank takes.
-OWN_PROFILE = {"gora": 1}
+OWN_PROFILE = {"gora": 1, "lora_ga": 2, "eva": 1}
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,27 @@ UPDATE, PRUNING, QUANTISE, DTYPE, DEVICE = (
     *("machine.dtype", "machine.device"),
 )
 
+STEPPING = "gora lora_ga loftq momentum"  # B A is not 0 at the start
+PAIRS, GATES, SHORTCUTS = "plain frozen_a frozen_b", "gated softmax_gated", "res_is res_bs res_ms res_ms_weights"
+
 REFUSALS = (
     _no(ALLOCATOR, "gora", PROBE, "none", "ranks come from the probe's gradient"),
     _no(INITIALISER, "gora", PROBE, "none", "B comes from the probe's gradient"),
-    _no(INITIALISER, "gora", DIRECTIONS, "none", "B comes from the sketch S = G A_max^T"),
-    _no(INITIALISER, "kaiming", PARAMETRISATION, "frozen_b", "B would stay 0, and A without a gradient"),
-    _no(INITIALISER, "random_b", PARAMETRISATION, "frozen_a", "A would stay 0, and B without a gradient"),
-    _no(PARAMETRISATION, "frozen_a frozen_b", UPDATE, "lora_plus", "one factor alone trains, so there is no ratio"),
+    _no(INITIALISER, "gora", DIRECTIONS, "none gradient activations sisters", "B comes from the sketch S = G A_max^T"),
+    _no(INITIALISER, "lora_ga", PROBE, "none sampled", "A and B are singular vectors of the probe's whole gradients"),
+    _no(INITIALISER, "lora_ga", DIRECTIONS, "none sketch activations sisters", "A and B are those of the gradient"),
+    _no(INITIALISER, "eva", DIRECTIONS, "none sketch gradient sisters", "A is made of directions of the activations"),
+    _no(ALLOCATOR, "eva", DIRECTIONS, "none sketch gradient sisters", "ranks are shares of the activations' variance"),
+    _no(PROBE, "sampled", DIRECTIONS, "gradient", "a sampled gradient is never whole, so it has no singular vectors"),
+    _no(INITIALISER, "kaiming eva momentum", PARAMETRISATION, "frozen_b", "B starts at 0 and would stay there"),
+    _no(INITIALISER, "random_b cora", PARAMETRISATION, "frozen_a", "A starts at 0 and would stay there"),
+    _no(INITIALISER, STEPPING, PARAMETRISATION, SHORTCUTS, "its start would count in later blocks too"),
+    _no(ALLOCATOR, "gora eva", PARAMETRISATION, "res_ms res_ms_weights", "A of one block feeds another's B"),
+    _no(UPDATE, "lora_plus", PARAMETRISATION, "frozen_a frozen_b", "one factor alone trains, so there is no ratio"),
+    _no(UPDATE, "proximal", PARAMETRISATION, f"{PAIRS} softmax_gated {SHORTCUTS}", "it thresholds free gates"),
+    _no(UPDATE, "lora_ggpo", PARAMETRISATION, f"{GATES} {SHORTCUTS}", "its noise follows the gradient of one pair B A"),
+    _no(PRUNING, "beam_lora", PARAMETRISATION, f"{PAIRS} gated {SHORTCUTS}", "it compares a softmax's gates"),
+    _no(PRUNING, "alora", PARAMETRISATION, f"frozen_b {GATES} {SHORTCUTS}", "a rank that grows is a new pair, B = 0"),
     _no(DTYPE, "bf16", DEVICE, "mps", "never tried on such a device"),
 )  # fmt: skip
 

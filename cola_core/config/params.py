@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import Field, field_validator
 
 from cola_core.config.base import Strict, parse
-from cola_core.config.compositions import OWN_PROFILE, refused
+from cola_core.config.compositions import OWN_PROFILE, SHORTCUTS, STEPPING, refused
 from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
 from cola_core.config.report import EvaluateConfig, MergeConfig, RegisterConfig
 from cola_core.config.task import FetchConfig, HeadConfig, PrepareConfig
@@ -174,16 +174,33 @@ def _values(params: Params, knot: Knot, source: ProfileConfig) -> dict[str, str]
 def _refused_numbers(params: Params, key: str, knot: Knot, source: ProfileConfig) -> list[tuple[bool, str]]:
     """What depends on a number or on another link, each with its reason."""
     start, allocator = knot.link.initialiser.kind, knot.allocate.allocator.kind
-    most = "rank" if allocator == "uniform" else "r_max"
-    rows = OWN_PROFILE.get(start, 0) * getattr(knot.allocate, most)
+    most = "r_max" if allocator in ("gora", "eva") else "rank"
+    times, rank = OWN_PROFILE.get(start, 0), getattr(knot.allocate, most)
+    form = knot.link.parametrisation
     return [
         (params.schedule.kind == "none" and len(params.chain) > 1,
          "schedule.kind 'none' with more than one link: only 'cola' ties knots"),
         (start in OWN_PROFILE and params.chain[key].profile_from != key,
          f"link.initialiser {start!r} with another link's profile: that gradient was taken at other weights"),
-        (source.sketch < rows,
-         f"profile.sketch {source.sketch} below allocate.{most} {rows}: B needs one sketch row per rank; "
-         f"raise profile.sketch to at least {rows}"),
+        (source.sketch < times * rank,
+         f"profile.sketch {source.sketch} below {'2 x ' * (times == 2)}allocate.{most} {rank}: {start!r} takes {times} "
+         f"of the profile's directions for every rank; raise profile.sketch to at least {times * rank}"),
+        (allocator == "eva" and source.sketch < knot.allocate.r_max,
+         f"profile.sketch {source.sketch} below allocate.r_max {knot.allocate.r_max}: 'eva' compares so many axes"),
+        (allocator == "eva" and knot.allocate.rank > knot.allocate.r_max,
+         "allocate.rank above r_max: the budget of the reference rank could not be spent"),
+        (start in STEPPING.split() and getattr(form, "start", "") == "normal",
+         f"link.parametrisation.start 'normal' with link.initialiser {start!r}: random gates would turn its start into "
+         "another; use start: one"),
+        (form.kind in SHORTCUTS.split() and form.kind != "res_bs" and knot.link.activation_checkpointing,
+         f"link.activation_checkpointing with link.parametrisation {form.kind!r}: a layer computed again would read "
+         "what a later block left"),
+        (getattr(knot.link.initialiser, "sisters", "") == "given" and not params.fetch.sisters,
+         "link.initialiser.sisters 'given' with no fetch.sisters: name at least one model of the same base"),
+        (getattr(knot.link.initialiser, "sisters", "") == "given" and source.directions != "sisters",
+         f"link.initialiser.sisters 'given' with profile.directions {source.directions!r}: B is what they share"),
+        (source.directions == "sisters" and not params.fetch.sisters,
+         "profile.directions 'sisters' with no fetch.sisters: name at least one model of the same base"),
         (allocator == "gora" and not knot.allocate.r_min <= knot.allocate.rank <= knot.allocate.r_max,
          "allocate.rank outside [r_min, r_max]: the reference rank must be reachable"),
     ]  # fmt: skip

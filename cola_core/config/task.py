@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import regex
 from pydantic import Field, field_validator, model_validator
@@ -54,10 +54,14 @@ class DataConfig(Strict):
 
 
 class FetchConfig(Strict):
-    """Section `fetch`."""
+    """Section `fetch`.
+
+    sisters: models trained from the same base, by a name of the user's, whose changes have a subspace in common (CoRA).
+    """
 
     model: ModelConfig
     data: DataConfig
+    sisters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], AssetConfig]
 
 
 class PrepareConfig(Strict):

@@ -31,16 +31,23 @@ Tagged = (Field(discriminator="kind"), BeforeValidator(_named))
 class Ranks(Value):
     """Allocators whose numbers stand in section `allocate`."""
 
-    kind: Literal["uniform", "gora"]
+    kind: Literal["uniform", "gora", "eva"]
 
 
-Allocator = Annotated[Ranks, BeforeValidator(_named)]
+class LayerSubset(Value):
+    """blocks: how many of the model's blocks get `allocate.rank`, drawn anew for every link; the others get none."""
+
+    kind: Literal["layer_subset"]
+    blocks: int = Field(ge=1)
+
+
+Allocator = Annotated[Ranks | LayerSubset, *Tagged]
 
 
 class Random(Value):
-    """kaiming: A random, B = 0; random_b: B random, A = 0."""
+    """kaiming: A random, B = 0; random_b: B random, A = 0; eva: A = principal axes of the inputs, B = 0."""
 
-    kind: Literal["kaiming", "random_b"]
+    kind: Literal["kaiming", "random_b", "eva"]
 
 
 class Gora(Value):
@@ -50,7 +57,33 @@ class Gora(Value):
     gamma: float = Field(ge=0)
 
 
-Initialiser = Annotated[Random | Gora, *Tagged]
+class LoraGa(Value):
+    """direction: which singular vectors of the gradient A and B take; form: scaled as in the paper, or as PEFT does it.
+
+    gamma: larger is smaller.
+    """
+
+    kind: Literal["lora_ga"]
+    direction: Literal["ArB2r", "A2rBr", "ArBr"]
+    form: Literal["paper", "peft"]
+    gamma: float = Field(gt=0)
+
+
+class Cora(Value):
+    """sisters: chain = the chain's own earlier links; given = the models of `fetch.sisters`."""
+
+    kind: Literal["cora"]
+    sisters: Literal["chain", "given"]
+
+
+class Momentum(Value):
+    """momentum: share of the last link's update that goes on training."""
+
+    kind: Literal["momentum"]
+    momentum: float = Field(gt=0, lt=1)
+
+
+Initialiser = Annotated[Random | Gora | LoraGa | Cora | Momentum, *Tagged]
 
 
 class Factors(Value):
@@ -59,7 +92,34 @@ class Factors(Value):
     kind: Literal["plain", "frozen_a", "frozen_b"]
 
 
-Parametrisation = Annotated[Factors, BeforeValidator(_named)]
+class Gated(Value):
+    """start: every rank's gate is drawn from N(0, 1), or is 1."""
+
+    kind: Literal["gated"]
+    start: Literal["normal", "one"]
+
+
+class SoftmaxGated(Value):
+    """temperature: of the softmax over a module's ranks."""
+
+    kind: Literal["softmax_gated"]
+    temperature: float = Field(gt=0)
+
+
+class InputShortcut(Value):
+    """A layer reads the input of the block before as well."""
+
+    kind: Literal["res_is"]
+
+
+class Shortcut(Value):
+    """previous: how many blocks before are read; res_ms_weights merges by the sizes of weights instead of inputs."""
+
+    kind: Literal["res_bs", "res_ms", "res_ms_weights"]
+    previous: int = Field(ge=1)
+
+
+Parametrisation = Annotated[Factors | Gated | SoftmaxGated | InputShortcut | Shortcut, *Tagged]
 
 
 class Adam(Value):
@@ -75,7 +135,39 @@ class LoraPlus(Value):
     ratio: float = Field(gt=0)
 
 
-Update = Annotated[Adam | LoraPlus, *Tagged]
+class Penalised(Value):
+    """l2: of l2/2 (||A||^2 + ||B||^2), which the loss takes on."""
+
+    kind: Literal["penalised"]
+    l2: float = Field(ge=0)
+
+
+class Proximal(Value):
+    """threshold: xi, of learning rate times xi (soft), or alone (official); l1: of a subgradient l1 sign(g) / n."""
+
+    kind: Literal["proximal"]
+    threshold: float = Field(ge=0)
+    rule: Literal["soft", "official"]
+    l1: float = Field(ge=0)
+
+
+class Ggpo(Value):
+    """sigma: noise in proportion to the weights' rows; beta: to the squares of their gradients."""
+
+    kind: Literal["lora_ggpo"]
+    sigma: float = Field(ge=0)
+    beta: float = Field(ge=0)
+
+
+class Mgpo(Value):
+    """rho: length of the step up the momentum; smoothing: of the average that gradients are compared with."""
+
+    kind: Literal["lora_mgpo"]
+    rho: float = Field(ge=0)
+    smoothing: float = Field(ge=0, lt=1)
+
+
+Update = Annotated[Adam | LoraPlus | Penalised | Proximal | Ggpo | Mgpo, *Tagged]
 
 
 class Whole(Value):
@@ -84,4 +176,23 @@ class Whole(Value):
     kind: Literal["none"]
 
 
-Pruning = Annotated[Whole, BeforeValidator(_named)]
+class Beam(Value):
+    """every: steps between prunings; share: of all gates' sum, kept at least; schedule: its way from or to 1."""
+
+    kind: Literal["beam_lora"]
+    every: int = Field(ge=2)
+    share: float = Field(gt=0, le=1)
+    schedule: Literal["rising", "falling"]
+
+
+class Ablation(Value):
+    """first, every: steps before the first round and between others; rounds: at most; ranks: how many each moves."""
+
+    kind: Literal["alora"]
+    first: int = Field(ge=1)
+    every: int = Field(ge=1)
+    rounds: int = Field(ge=1)
+    ranks: int = Field(ge=1)
+
+
+Pruning = Annotated[Whole | Beam | Ablation, *Tagged]

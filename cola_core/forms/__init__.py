@@ -1,0 +1,1 @@
+"""Parametrisations that are more than A and B: gates, shortcuts between layers, random bases."""

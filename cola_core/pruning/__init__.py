@@ -1,0 +1,1 @@
+"""Rounds that move rank while a link trains."""
