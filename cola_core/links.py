@@ -83,7 +83,7 @@ def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:
     pairs = {name: pair.to("cpu") for name, pair in detach(model).items() if pair.rank or pair.bias is not None}
     if not pairs:
         raise UserError(
-            f"link {len(job.chain)}: training has taken every rank away; lower link.update.threshold, or take fewer steps"
+            f"link {len(job.chain)}: training took every rank away; lower link.update.threshold or take fewer steps"
         )
     return Adapter(
         pairs=pairs,

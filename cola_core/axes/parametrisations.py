@@ -79,5 +79,7 @@ PARAMETRISATIONS = {
     "res_ms": Form(
         shortcuts.remember, own, shortcuts.connect, shortcuts.middle_low, merged=shortcuts.by_inputs, exact=False
     ),
-    "res_ms_weights": Form(nothing, own, shortcuts.connect, shortcuts.middle_low, shortcuts.by_weights, exact=False),
+    "res_ms_weights": Form(
+        shortcuts.remember, own, shortcuts.connect, shortcuts.middle_low, shortcuts.by_weights, exact=False
+    ),
 }
