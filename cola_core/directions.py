@@ -48,12 +48,12 @@ class Moments:
         self.gram.addmm_(x.T, x)
 
     def directions(self, count: int) -> Directions:
-        """right: in x k, the principal axes of the centred inputs; variance: k, their shares of it, largest first."""
+        """axes: in x k, the principal axes of the centred inputs; variance: k, their shares of it, largest first."""
         mean = (self.total / self.count).double()
         values, axes = torch.linalg.eigh(decomposable(self.gram).double() - self.count * mean.outer(mean).cpu())
         values = values.clamp_min(0).flip(0)
         share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
-        return {"right": axes.flip(1)[:, :count].float().contiguous(), "variance": share[:count].float()}
+        return {"axes": axes.flip(1)[:, :count].float().contiguous(), "variance": share[:count].float()}
 
 
 def activation_directions(
@@ -68,7 +68,7 @@ def activation_directions(
         count: directions kept of each module; size: rows at once where they are packed.
 
     Returns:
-        module -> {right, variance}, and the tokens computed.
+        module -> {axes, variance}, and the tokens computed.
     """
     found: dict[str, Moments] = {}
     tokens, at_once = 0, size if objective.packed else 1

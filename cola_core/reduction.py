@@ -56,8 +56,10 @@ class Reducer:
         """
         gradient = wide(gradient)
         norm = self.finite(name, float(gradient.norm()))
-        keep = DIRECTIONS.get(self.config.directions)
-        self.keep(name, keep(self, name, gradient) if keep else {}, self.importance(name, gradient), norm, gradient)
+        kept: Directions = {}
+        for kind in self.config.directions:
+            kept |= DIRECTIONS[kind](self, name, gradient) if kind in DIRECTIONS else {}
+        self.keep(name, kept, self.importance(name, gradient), norm, gradient)
 
     def keep(self, name: str, directions: Directions, importance: float, norm: float, gradient: Tensor) -> None:
         """Note what was found for one module; the gap is taken of `gradient`, G itself or what stands for it."""

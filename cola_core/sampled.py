@@ -59,7 +59,7 @@ class SampledGradient:
         left = torch.linalg.svd(sketch, full_matrices=False).U[:, : max(1, len(self.rows) // 2)]
         nearby = left @ (torch.linalg.pinv(left[self.rows], rtol=0.1) @ part)
         nearby *= min(1.0, norm / max(float(nearby.norm()), 1e-30))
-        kept = {"sketch": sketch.cpu()} if self.reduce.config.directions == "sketch" else {}
+        kept = {"sketch": sketch.cpu()} if "sketch" in self.reduce.config.directions else {}
         self.reduce.keep(self.name, kept, self._importance(part, sketch), norm, nearby)
 
     def _choose(self, energy: Tensor) -> None:

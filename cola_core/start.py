@@ -44,7 +44,8 @@ def first_layers(model: PreTrainedModel, job: LinkJob, firsts: Mapping[str, Firs
     pairs = {n: Pair(f.a.to(dtype), f.b.to(dtype), scale(config.alpha, len(f.a))) for n, f in firsts.items()}
     layers = attach(model, pairs, config.dropout, config.bias == "lora", form)
     for name, layer in layers.items():
-        layer.given = layer.pair() if firsts[name].kept else None
+        if firsts[name].kept:
+            layer.given = Pair(layer.A.detach().clone(), layer.B.detach().clone(), layer.scale)
         form.prepare(layer, config.parametrisation, derive(job.seed, len(job.chain), "form", name))
     form.connect(layers, config.parametrisation)
     return layers

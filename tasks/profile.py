@@ -28,10 +28,11 @@ def main(context: Context) -> Done:
     names = select_targets(shapes, context.value("targets"))
     found: dict[str, Any] = {"probe": config.probe, "modules": {name: {"shape": shapes[name]} for name in names}}
     directions: dict[str, dict[str, Any]] = {}
-    if config.probe != "none" or config.directions == "activations":
+    if config.probe != "none" or "activations" in config.directions:
         directions = _passes(context, config, found)
-    if config.directions == "sisters":
-        directions = _sisters(context, config, names)
+    if "sisters" in config.directions:
+        for name, common in _sisters(context, config, names).items():
+            directions.setdefault(name, {}).update(common)
     with new_dir(link_dir(context.key, "profile")) as folder:
         write_sealed(folder / "profile.json", "profile", found)
         if directions:
@@ -59,7 +60,8 @@ def _passes(context: Context, config: Any, found: dict[str, Any]) -> dict[str, d
     objective = open_chain(BASE, chain, Task.read(PREPARED / "task.json"), machine)
     modules = {name: objective.model.get_submodule(name) for name in found["modules"]}
     rows = read_rows(PREPARED / "probe.arrow")
-    print(f"profile: {len(rows)} examples, {len(modules)} modules, {config.probe}, {config.directions}", flush=True)
+    kinds = ", ".join([config.probe, *config.directions])
+    print(f"profile: {len(rows)} examples, {len(modules)} modules, {kinds}", flush=True)
     found |= {"examples": len(rows), "tokens": 0}
     directions: dict[str, dict[str, Any]] = {}
     if config.probe != "none":
@@ -68,10 +70,11 @@ def _passes(context: Context, config: Any, found: dict[str, Any]) -> dict[str, d
         found |= {"loss": result.loss, "examples": result.examples, "tokens": result.tokens}
         for name, numbers in result.modules.items():
             found["modules"][name] |= numbers
-    if config.directions == "activations":
-        directions, tokens = activation_directions(objective, rows, modules, config.sketch, config.micro_batch)
+    if "activations" in config.directions:
+        kept, tokens = activation_directions(objective, rows, modules, config.sketch, config.micro_batch)
         found["tokens"] += tokens
-        for name, axes in directions.items():
+        for name, axes in kept.items():
+            directions.setdefault(name, {}).update(axes)
             found["modules"][name]["variance"] = axes["variance"].tolist()
     return directions
 

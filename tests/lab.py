@@ -39,7 +39,7 @@ LINK = LinkConfig(
     checkpoint_every=2, activation_checkpointing=False,
 )  # fmt: skip
 PROFILE = ProfileConfig(
-    probe="one_batch", importance="mean_abs_wg", directions="sketch", sketch=8, micro_batch=1, row_share=0.25,
+    probe="one_batch", importance="mean_abs_wg", directions=["sketch"], sketch=8, micro_batch=1, row_share=0.25,
     adaptive=False, tolerance=0.1, gap_radius=1.0, activation_checkpointing=False,
 )  # fmt: skip
 

@@ -64,11 +64,12 @@ def profiled(family: str, chain: list[Link], config: ProfileConfig, machine: Mac
     if config.probe != "none":
         result = probe(objective, rows, modules, pairs_by_module(chain), config, (7, len(chain)))
         found, directions = result.modules, result.directions
-    if config.directions == "activations":
-        directions, _ = activation_directions(objective, rows, modules, config.sketch, 4)
-        for name, axes in directions.items():
+    if "activations" in config.directions:
+        kept, _ = activation_directions(objective, rows, modules, config.sketch, 4)
+        for name, axes in kept.items():
+            directions[name] = {**directions.get(name, {}), **axes}
             found[name]["variance"] = axes["variance"].tolist()
-    if config.directions == "sisters":
+    if "sisters" in config.directions:
         base = {n: as_matrix(m).float() for n, m in adaptable(load_base(base_of(family), FP32, 3)).items()}
         generator = torch.Generator().manual_seed(3)
         sisters = [{n: w + torch.randn(w.shape, generator=generator) for n, w in base.items()} for _ in range(2)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import Parameter
@@ -19,9 +21,11 @@ from cola_core.axes.schedules import SCHEDULES, learning_rate_factor
 from cola_core.axes.updates import UPDATES, build_optimizer
 from cola_core.config import recipe
 from cola_core.config.recipe import AllocateConfig, LinkConfig, ScheduleConfig
+from cola_core.errors import UserError
 from cola_core.rows import OVERHEAD, group_by_length, order
 from tests.lab import LINK
 
+METHODS = Path(__file__).parent.parent / "conf/method"
 UNIFORM = AllocateConfig(allocator="uniform", rank=8, r_min=4, r_max=32, features="sqrt")
 GORA = AllocateConfig(**{**UNIFORM.model_dump(), "allocator": "gora"})
 SHAPES = st.dictionaries(
@@ -89,6 +93,55 @@ def test_uniform_ranks_stay_within_the_matrix(shapes: dict[str, tuple[int, int]]
     small = {**shapes, "thin": (3, 500)}
     result = allocated(small, {}, UNIFORM)
     assert result.ranks == {**dict.fromkeys(shapes, 8), "thin": 3}
+
+
+def test_a_few_blocks_are_drawn_anew_for_every_link() -> None:
+    blocks = ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1", "decoder.block.2"]
+    shapes = {f"{block}.layer.{k}.map": (20, 20) for block in blocks for k in range(2)} | {f"{blocks[0]}.thin": (1, 9)}
+    config = AllocateConfig(**{**UNIFORM.model_dump(), "allocator": {"kind": "layer_subset", "blocks": 2}, "rank": 2})
+    drawn = []
+    for link in range(1, 30):
+        result = allocate(Question(shapes, {}, config, 3, link))
+        chosen = {block for block in blocks if any(result.ranks[n] for n in shapes if n.startswith(block + "."))}
+        assert len(chosen) == 2
+        assert all(
+            r == min(2, *shapes[n]) * n.startswith(tuple(f"{b}." for b in chosen)) for n, r in result.ranks.items()
+        )
+        drawn.append(frozenset(chosen))
+    assert len(set(drawn)) > 5 and {block for pair in drawn for block in pair} == set(blocks)
+    many = AllocateConfig(**{**config.model_dump(), "allocator": {"kind": "layer_subset", "blocks": 6}})
+    with pytest.raises(UserError, match=r"allocator\.blocks: the targets have 5; allowed: 1 to that"):
+        allocate(Question(shapes, {}, many, 0, 1))
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=6), min_size=1, max_size=4), st.integers(1, 3))
+def test_eva_gives_ranks_to_the_axes_of_most_variance(own: list[list[float]], rank: int) -> None:
+    shapes = {str(k): (30, 30) for k in range(len(own))}
+    found = {str(k): {"variance": sorted(shares, reverse=True)} for k, shares in enumerate(own)}
+    config = AllocateConfig(allocator="eva", rank=rank, r_min=1, r_max=3, features="sqrt")
+    result = allocate(Question(shapes, found, config, 0, 1))
+    assert sum(result.ranks.values()) == rank * len(own) and max(result.ranks.values()) <= 3
+    taken = [s for name, r in result.ranks.items() for s in found[name]["variance"][:r]]
+    left = [s for name, r in result.ranks.items() for s in found[name]["variance"][r:3]]
+    assert not left or min(taken) >= max(left)
+
+
+def test_a_jagged_learning_rate_is_one_decay_warmed_up_again() -> None:
+    """ReLoRA: the factor of the whole chain's cosine, times a warm-up in every link."""
+    link = LinkConfig(**{**LINK.model_dump(), "steps": 10, "warmup": 0.2, "decay": "cosine", "floor": 0.1})
+    jagged = ScheduleConfig(kind="cola", learning_rate="jagged", horizon=20)
+    for offset in (0, 10):
+        for step in range(10):
+            decayed = 0.1 + 0.9 * (1 + math.cos(math.pi * (offset + step) / 20)) / 2
+            warm = 0.5 if step == 0 else 1.0
+            assert learning_rate_factor(step, offset, jagged, link) == pytest.approx(warm * decayed)
+
+
+def test_rora_is_rslora() -> None:
+    """RoRA, arXiv 2501.04315, has nothing of its own: s = alpha / sqrt(r), which keeps s B A of one size as r grows."""
+    recipes = [yaml.safe_load((METHODS / f"{name}.yaml").read_text()) for name in ("rora", "rslora")]
+    assert recipes[0] | {"recipe": ""} == recipes[1] | {"recipe": ""}
+    assert all(SCALES["rslora"](16.0, r) == 16 / math.sqrt(r) and SCALES["lora"](16.0, r) == 16 / r for r in (1, 4, 9))
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])

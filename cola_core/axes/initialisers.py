@@ -126,7 +126,7 @@ def _within(which: range, count: int) -> list[int]:
 
 def eva(start: Start, options: Any) -> First:
     """A = the inputs' leading principal axes, B = 0 (EVA, arXiv 2410.07170, section 3.2)."""
-    a = start.directions["right"][:, : start.rank].T.double()
+    a = start.directions["axes"][:, : start.rank].T.double()
     return First(a.contiguous(), torch.zeros(len(start.weight), start.rank, dtype=torch.float64))
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 __all__ = ["OWN_PROFILE", "REFUSALS", "Refusal", "refused"]
 
 
-# Initialisers that read their link's own profile, and how many of its directions each rank takes.
-OWN_PROFILE = {"gora": 1, "lora_ga": 2, "eva": 1}
+# Initialisers that read their link's own profile: which of its directions, and how many for every rank.
+OWN_PROFILE = {"gora": ("sketch", 1), "lora_ga": ("gradient", 2), "eva": ("activations", 1)}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def _no(key: str, values: str, other: str, others: str, reason: str) -> Refusal:
     return Refusal(key, frozenset(values.split()), other, frozenset(others.split()), reason)
 
 
-ALLOCATOR, PROBE, DIRECTIONS = "allocate.allocator", "profile.probe", "profile.directions"
+ALLOCATOR, PROBE = "allocate.allocator", "profile.probe"
 INITIALISER, PARAMETRISATION = "link.initialiser", "link.parametrisation"
 UPDATE, PRUNING, QUANTISE, DTYPE, DEVICE = (
     *("link.update", "link.pruning", "link.quantise"),
@@ -44,12 +44,7 @@ PAIRS, GATES, SHORTCUTS = "plain frozen_a frozen_b", "gated softmax_gated", "res
 REFUSALS = (
     _no(ALLOCATOR, "gora", PROBE, "none", "ranks come from the probe's gradient"),
     _no(INITIALISER, "gora", PROBE, "none", "B comes from the probe's gradient"),
-    _no(INITIALISER, "gora", DIRECTIONS, "none gradient activations sisters", "B comes from the sketch S = G A_max^T"),
     _no(INITIALISER, "lora_ga", PROBE, "none sampled", "A and B are singular vectors of the probe's whole gradients"),
-    _no(INITIALISER, "lora_ga", DIRECTIONS, "none sketch activations sisters", "A and B are those of the gradient"),
-    _no(INITIALISER, "eva", DIRECTIONS, "none sketch gradient sisters", "A is made of directions of the activations"),
-    _no(ALLOCATOR, "eva", DIRECTIONS, "none sketch gradient sisters", "ranks are shares of the activations' variance"),
-    _no(PROBE, "sampled", DIRECTIONS, "gradient", "a sampled gradient is never whole, so it has no singular vectors"),
     _no(INITIALISER, "kaiming eva momentum", PARAMETRISATION, "frozen_b", "B starts at 0 and would stay there"),
     _no(INITIALISER, "random_b cora", PARAMETRISATION, "frozen_a", "A starts at 0 and would stay there"),
     _no(INITIALISER, STEPPING, PARAMETRISATION, SHORTCUTS, "its start would count in later blocks too"),
@@ -59,6 +54,8 @@ REFUSALS = (
     _no(UPDATE, "lora_ggpo", PARAMETRISATION, f"{GATES} {SHORTCUTS}", "its noise follows the gradient of one pair B A"),
     _no(PRUNING, "beam_lora", PARAMETRISATION, f"{PAIRS} gated {SHORTCUTS}", "it compares a softmax's gates"),
     _no(PRUNING, "alora", PARAMETRISATION, f"frozen_b {GATES} {SHORTCUTS}", "a rank that grows is a new pair, B = 0"),
+    _no(PRUNING, "beam_lora alora", UPDATE, "proximal", "free gates are thresholded, and there are none"),
+    _no(PRUNING, "beam_lora", UPDATE, "lora_ggpo", "its noise follows the gradient of one pair B A, without gates"),
     _no(DTYPE, "bf16", DEVICE, "mps", "never tried on such a device"),
 )  # fmt: skip
 

@@ -164,7 +164,6 @@ def _values(params: Params, knot: Knot, source: ProfileConfig) -> dict[str, str]
         "link.scale": link.scale,
         "link.quantise": link.quantise,
         "profile.probe": source.probe,
-        "profile.directions": source.directions,
         "schedule.kind": params.schedule.kind,
         "machine.dtype": params.machine.dtype,
         "machine.device": params.machine.device,
@@ -175,7 +174,8 @@ def _refused_numbers(params: Params, key: str, knot: Knot, source: ProfileConfig
     """What depends on a number or on another link, each with its reason."""
     start, allocator = knot.link.initialiser.kind, knot.allocate.allocator.kind
     most = "r_max" if allocator in ("gora", "eva") else "rank"
-    times, rank = OWN_PROFILE.get(start, 0), getattr(knot.allocate, most)
+    (needed, times), rank = OWN_PROFILE.get(start, ("", 0)), getattr(knot.allocate, most)
+    given = getattr(knot.link.initialiser, "sisters", "") == "given"
     form = knot.link.parametrisation
     return [
         (params.schedule.kind == "none" and len(params.chain) > 1,
@@ -195,11 +195,15 @@ def _refused_numbers(params: Params, key: str, knot: Knot, source: ProfileConfig
         (form.kind in SHORTCUTS.split() and form.kind != "res_bs" and knot.link.activation_checkpointing,
          f"link.activation_checkpointing with link.parametrisation {form.kind!r}: a layer computed again would read "
          "what a later block left"),
-        (getattr(knot.link.initialiser, "sisters", "") == "given" and not params.fetch.sisters,
-         "link.initialiser.sisters 'given' with no fetch.sisters: name at least one model of the same base"),
-        (getattr(knot.link.initialiser, "sisters", "") == "given" and source.directions != "sisters",
-         f"link.initialiser.sisters 'given' with profile.directions {source.directions!r}: B is what they share"),
-        (source.directions == "sisters" and not params.fetch.sisters,
+        (bool(needed) and needed not in source.directions,
+         f"link.initialiser {start!r} with profile.directions {source.directions}: it needs {needed!r} among them"),
+        (allocator == "eva" and "activations" not in source.directions,
+         f"allocate.allocator 'eva' with profile.directions {source.directions}: it needs 'activations' among them"),
+        ("gradient" in source.directions and source.probe in ("none", "sampled"),
+         f"profile.directions 'gradient' with profile.probe {source.probe!r}: singular vectors need whole gradients"),
+        (given and "sisters" not in source.directions,
+         f"link.initialiser.sisters 'given' with profile.directions {source.directions}: it needs 'sisters' there"),
+        ("sisters" in source.directions and not params.fetch.sisters,
          "profile.directions 'sisters' with no fetch.sisters: name at least one model of the same base"),
         (allocator == "gora" and not knot.allocate.r_min <= knot.allocate.rank <= knot.allocate.r_max,
          "allocate.rank outside [r_min, r_max]: the reference rank must be reachable"),

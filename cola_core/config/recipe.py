@@ -48,9 +48,9 @@ class ProfileConfig(Strict):
     probe: none = no gradient is taken; one_batch = one exact pass; accumulate = fp32 buffers over micro-batches;
         sampled = `row_share` of every gradient's rows over micro-batches, importance, norm and gap estimates.
     importance: what a module's gradient G and weight W are reduced to (GoRA, section 3).
-    directions: what is kept of every module for the initialiser: none; sketch = S = G A_max^T (GoRA); gradient = its
-        leading singular vectors (LoRA-GA); activations = the inputs' principal axes, by a pass of their own (EVA);
-        sisters = the common subspace of the models of `fetch.sisters` (CoRA).
+    directions: what is kept of every module for initialisers: sketch = S = G A_max^T (GoRA); gradient = G's leading
+        singular vectors (LoRA-GA); activations = the inputs' principal axes, by a pass of their own (EVA); sisters =
+        the common subspace of the models of `fetch.sisters` (CoRA).
     sketch: how many of them, at least the largest rank (uniform: `allocate.rank`, others: `r_max`), twice in LoRA-GA.
     adaptive: accumulate only: stop once no module's importance moved by more than `tolerance` (after 3 batches).
     gap_radius: radius of the nuclear-norm ball in the Frank-Wolfe gap (COLA, section 4).
@@ -58,7 +58,7 @@ class ProfileConfig(Strict):
 
     probe: Literal["none", "one_batch", "accumulate", "sampled"]
     importance: Literal["mean_abs_wg", "nuclear_wg", "nuclear_g"]
-    directions: Literal["none", "sketch", "gradient", "activations", "sisters"]
+    directions: list[Literal["sketch", "gradient", "activations", "sisters"]]
     sketch: int = Field(ge=1)
     micro_batch: int = Field(ge=1)
     row_share: float = Field(gt=0, le=1)

@@ -1,0 +1,82 @@
+"""Every recipe of conf/method: it trains, chains, resumes bit for bit and is handed on as a file that PEFT loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+
+from cola_core.chain import write_link
+from cola_core.export import flat_adapter, write_flat
+from cola_core.lineage import Link, read_chain
+from cola_core.links import run_link
+from tests.lab import FP32, logits_of, model_of, root_of, rows_of
+from tests.points import job_at
+
+METHODS = {path.stem: path for path in (Path(__file__).parent.parent / "conf/method").glob("*.yaml")}
+# Rounds and bounds that conf/method sets for links of tens of steps on models of hundreds of modules.
+SHORT: dict[str, dict[str, Any]] = {
+    "beam_lora": {"pruning": {"kind": "beam_lora", "every": 3, "share": 0.6, "schedule": "rising"}},
+    "alora": {"pruning": {"kind": "alora", "first": 2, "every": 2, "rounds": 2, "ranks": 3}},
+}
+
+
+def job_of(recipe: str, chain: list[Link], **more: Any) -> Any:
+    """The next link of a recipe, eight steps on the tiny Llama."""
+    told = yaml.safe_load(METHODS[recipe].read_text())
+    link = {"steps": 8, "validate_every": 4, "checkpoint_every": 2, "learning_rate": 2e-2, **told.get("link", {})}
+    allocation = {key: value for key, value in told.get("allocate", {}).items() if key == "allocator"}
+    rate = told.get("schedule", {}).get("learning_rate", "restart")
+    changes = {**link, **SHORT.get(recipe, {}), **more}
+    return job_at("llama", chain, changes, told.get("profile"), allocation, FP32, rate)
+
+
+def grown(recipe: str, chain: list[Link], folder: Path) -> list[Link]:
+    adapter, record, progress = run_link(job_of(recipe, chain))
+    losses = [event["loss"] for event in progress.losses]
+    assert min(losses[-3:]) < losses[0], "it learned nothing"
+    path = folder / f"links/{len(chain)}/adapter"
+    write_link(path, adapter, record, {})
+    return read_chain(path)
+
+
+@pytest.mark.parametrize("recipe", sorted(METHODS))
+def test_a_recipe_trains_chains_and_is_loaded_by_peft(recipe: str, tmp_path: Path) -> None:
+    root = root_of("llama", tmp_path)
+    chain = grown(recipe, grown(recipe, root, tmp_path), tmp_path)
+    write_flat(tmp_path / "flat", flat_adapter(chain))
+    loaded = PeftModel.from_pretrained(model_of("llama", root, FP32), str(tmp_path / "flat")).eval()
+    rows = rows_of("llama", 3, seed=3)
+    plain, merged = (logits_of(model_of("llama", links, FP32), "llama", rows) for links in (root, chain))
+    for ours, theirs, base in zip(merged, logits_of(loaded, "llama", rows), plain, strict=True):
+        assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(ours.abs().max()))
+        assert float((ours - base).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("recipe", sorted(METHODS))
+def test_law_7_a_recipe_resumes_bit_for_bit(recipe: str, tmp_path: Path) -> None:
+    """The second link of a chain, killed and stopped, where it has rounds of pruning between them too."""
+    chain = grown(recipe, root_of("llama", tmp_path), tmp_path)
+    whole, _, undisturbed = run_link(job_of(recipe, chain))
+    job = job_of(recipe, chain)
+    job = type(job)(**{**vars(job), "checkpoint": tmp_path / "state.safetensors"})
+    for step, how in ((1, GeneratorExit), (3, GeneratorExit), (5, KeyboardInterrupt)):
+        with pytest.raises(how):
+            run_link(job, _die_after(step, how))
+    resumed, _, progress = run_link(job)
+    assert progress.losses == undisturbed.losses
+    assert whole.pairs.keys() == resumed.pairs.keys()
+    for name, pair in whole.pairs.items():
+        assert torch.equal(pair.a, resumed.pairs[name].a) and torch.equal(pair.b, resumed.pairs[name].b), name
+
+
+def _die_after(step: int, how: type[BaseException]) -> Any:
+    def report(event: dict[str, Any]) -> None:
+        if event["step"] == step:
+            raise how
+
+    return report
