@@ -1,0 +1,169 @@
+"""`make methods`: every recipe on MiniLM and SST-2, stage by stage as DVC runs them: does it learn, what does it take.
+
+A smoke test with numbers, no ranking: one seed, one learning rate for all, some hundred steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from benchmarks.setting import ROOT
+from cola_core.config.base import load_yaml
+from cola_core.files import new_file, read_json
+from flows.child import quiet
+from flows.compose import choices, compose
+
+DATA, PAGE = ROOT.parent / "shared" / "data" / "sst2", ROOT / "docs/methods.md"
+BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
+STEPS, RATE = 240, 2e-3
+HEADINGS = (
+    "recipe",
+    "links",
+    "steps",
+    "trainable",
+    "probe tokens",
+    "ms/step",
+    "peak GB",
+    "validation loss",
+    "accuracy",
+)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def every(only: list[str] | None = None) -> None:
+    """Run each recipe in a process of its own, and put the table into docs/methods.md."""
+    rows = []
+    for recipe in only or choices(ROOT, "method"):
+        command = [sys.executable, "-m", "benchmarks.methods", "one", recipe]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        if done.returncode:
+            raise SystemExit(f"{recipe}: {done.stderr.strip().splitlines()[-1]}")
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(_line(rows[-1]), flush=True)
+    if only is None:
+        put_into(PAGE, rows)
+
+
+@app.command()
+def one(recipe: str) -> None:
+    """Run one recipe here and print what it took as JSON."""
+    quiet()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        subprocess.run(["git", "init", "-q"], check=True)
+        Path("params.yaml").write_text(compose(ROOT, {"method": recipe, **PICKS}, list(overrides(recipe))))
+        print(json.dumps(measured(recipe)))
+
+
+PICKS = {"task": "sst2", "model": "minilm_l6", "chain": None}
+
+
+def overrides(recipe: str) -> Iterator[str]:
+    """The files beside the checkout, a short horizon, and what a recipe's rounds need to have their turn in it."""
+    for name, file in (("train", "train.tsv"), ("test", "test.tsv")):
+        yield f"fetch.data.{name}.asset=path:{DATA / file}"
+        yield f"fetch.data.{name}.sha256=null"
+    yield from (f"schedule.horizon={STEPS}", "targets=all", f"link.learning_rate={RATE}", "link.validate_every=40")
+    yield from ("prepare.validation=200", "merge.checkpoint=true", "evaluate.prefixes=false")
+    yield from OVERRIDES.get(recipe, ())
+
+
+# SGD knows no scale of its own.
+OVERRIDES: dict[str, tuple[str, ...]] = {}
+
+
+def measured(recipe: str) -> dict[str, Any]:
+    """Run every stage in this process; the times are those between the steps that the links report."""
+    from cola_core import links
+
+    stamps: list[float] = []
+    honest: Callable[..., Any] = links.run_link
+
+    def watched(job: Any, report: Callable[[dict[str, Any]], None]) -> Any:
+        def both(event: dict[str, Any]) -> None:
+            report(event)
+            stamps.append(time.perf_counter())
+
+        stamps.append(-1.0)
+        return honest(job, both)
+
+    links.run_link = watched
+    keys = list(load_yaml(Path("params.yaml").read_text())["chain"])
+    for stage in ("fetch", "prepare", "head", "evaluate_base"):
+        run(stage)
+    for key in keys:
+        for stage in ("profile", "allocate", "link"):
+            run(stage, key)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    for stage in ("merge", "evaluate"):
+        run(stage)
+    return {"recipe": recipe, "links": len(keys), "peak": memory, "step": _typical(stamps), **_results(keys)}
+
+
+def run(stage: str, key: str | None = None) -> None:
+    """One stage's main, as `python -m tasks.<stage>` calls it."""
+    from importlib import import_module
+
+    from tasks.context import open_context
+
+    import_module(f"tasks.{stage}").main(open_context(stage, key))
+
+
+def _typical(stamps: list[float]) -> float:
+    """Median milliseconds between two steps of one link; validations fall among the longest."""
+    gaps = [b - a for a, b in pairwise(stamps) if min(a, b) > 0]
+    return 1e3 * statistics.median(gaps)
+
+
+def _results(keys: list[str]) -> dict[str, Any]:
+    records = [read_json(Path(f"artifacts/links/{key}/adapter/link.json")) for key in keys]
+    scores = read_json(Path("artifacts/evaluate/metrics.json"))
+    return {
+        "steps": sum(record["steps"] for record in records),
+        "trainable": max(record["trainable_parameters"] for record in records),
+        "probe": sum(record["probe_tokens"] for record in records),
+        "loss": records[-1]["validation_loss"],
+        "scores": scores,
+    }
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    accuracy = row["scores"]["accuracy"]
+    low, high = row["scores"]["accuracy_low"], row["scores"]["accuracy_high"]
+    cells = [f"`{row['recipe']}`", row["links"], row["steps"], f"{row['trainable']:,}", f"{row['probe']:,}"]
+    cells += [
+        f"{row['step']:.0f}",
+        f"{row['peak']:.2f}",
+        f"{row['loss']:.3f}",
+        f"{accuracy:.3f} [{low:.3f}, {high:.3f}]",
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def put_into(page: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace what stands between the page's markers."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|", *map(_line, rows)]
+    pattern = re.compile(f"(?<={BEGIN}\n).*(?={END})", re.DOTALL)
+    text = pattern.sub("\n" + "\n".join(lines) + "\n\n", page.read_text(encoding="utf-8"))
+    with new_file(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app()
