@@ -10,6 +10,10 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from cola_core.adapters import LoRA
 from cola_core.config.recipe import LinkConfig
+from cola_core.config.values import LoraPro, LoraRite
+from cola_core.lora_pro import MODES, Moments
+from cola_core.lora_rite import Numbers, rite
+from cola_core.pairwise import pairwise
 
 __all__ = ["UPDATES", "Update", "build_optimizer"]
 
@@ -37,7 +41,23 @@ def lora_plus(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) ->
     return AdamW(groups, **adam_settings(config))
 
 
+def lora_pro(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """LoRA-Pro, arXiv 2407.18242: A and B step so that W goes as near as it can to where its own gradient leads."""
+    assert isinstance(config.update, LoraPro)
+    numbers = Moments((config.betas[0], config.betas[1]), config.epsilon, config.weight_decay)
+    return pairwise(groups, layers, adam_settings(config), MODES[config.update.mode](numbers))
+
+
+def lora_rite(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """LoRA-RITE, arXiv 2410.20625: the step of W is the same for all A and B of the same B A."""
+    assert isinstance(config.update, LoraRite)
+    mine, betas = config.update, (config.betas[0], config.betas[1])
+    numbers = Numbers(betas, config.epsilon, config.weight_decay, mine.skip, mine.clip, mine.escape)
+    return pairwise(groups, layers, adam_settings(config), rite(numbers))
+
+
 UPDATES: dict[str, Update] = {"adamw": adamw, "sgd": sgd, "lora_plus": lora_plus}
+UPDATES |= {"lora_pro": lora_pro, "lora_rite": lora_rite}
 
 
 def adam_settings(config: LinkConfig) -> dict[str, Any]:

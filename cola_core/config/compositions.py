@@ -45,6 +45,7 @@ REFUSALS = (
     _no(INITIALISER, "kaiming", PARAMETRISATION, "frozen_b", "B would stay 0, and A without a gradient"),
     _no(INITIALISER, "random_b", PARAMETRISATION, "frozen_a", "A would stay 0, and B without a gradient"),
     _no(PARAMETRISATION, "frozen_a frozen_b", UPDATE, "lora_plus", "one factor alone trains, so there is no ratio"),
+    _no(UPDATE, "lora_pro lora_rite", PARAMETRISATION, "frozen_a frozen_b", "it steps both A and B, of s B A alone"),
     _no(DTYPE, "bf16", DEVICE, "mps", "never tried on such a device"),
 )  # fmt: skip
 

@@ -75,7 +75,26 @@ class LoraPlus(Value):
     ratio: float = Field(gt=0)
 
 
-Update = Annotated[Adam | LoraPlus, *Tagged]
+class LoraPro(Value):
+    """mode: efficient = Adam on the steps of A and B; full = Adam on the equivalent gradient of W, of its size."""
+
+    kind: Literal["lora_pro"]
+    mode: Literal["efficient", "full"]
+
+
+class LoraRite(Value):
+    """skip: RMS above which a module's unmagnified gradient counts as 0; clip: bound of the norm of all of them.
+
+    Null for neither. escape: whether the second moments that are lost when a basis turns are added again.
+    """
+
+    kind: Literal["lora_rite"]
+    skip: float | None = Field(gt=0)
+    clip: float | None = Field(gt=0)
+    escape: bool
+
+
+Update = Annotated[Adam | LoraPlus | LoraPro | LoraRite, *Tagged]
 
 
 class Whole(Value):
