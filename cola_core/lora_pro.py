@@ -20,7 +20,9 @@ from cola_core.pairwise import Factors, Rule, State, wide
 
 __all__ = ["MODES", "Moments", "directions", "equivalent"]
 
-RIDGE = 1e-8  # of the largest eigenvalue; absolute in the authors' code, where it outweighs B^T B while B is small
+# Of the largest eigenvalue of B^T B or A A^T. The authors' is 1e-8, not relative: it outweighs B^T B while B is small.
+# Relative, it has to be larger: where gradients have a lower rank than B, 1e-8 let A grow a hundredfold.
+RIDGE = 1e-6
 TINY = torch.finfo(torch.float64).tiny  # of a factor that is 0, whose gradients' products are 0 too
 
 
@@ -34,7 +36,7 @@ class Moments:
 
 
 def directions(
-    a: Tensor, b: Tensor, g_a: Tensor, g_b: Tensor, scale: float, nearest: bool = True
+    a: Tensor, b: Tensor, g_a: Tensor, g_b: Tensor, scale: float, nearest: bool = True, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor]:
     """hA (r x in) and hB (out x r) of the closed form.
 
@@ -43,9 +45,11 @@ def directions(
 
     Args:
         a, b, g_a, g_b: A, B and their gradients, float64.
-        nearest: with the X that minimises ||hA - gA||^2 + ||hB - gB||^2; X = 0 otherwise.
+        nearest: with the X of B^T B X + X A A^T = -(B^T B)^-1 gA A^T / s^2, which minimises ||hA - gA||^2 +
+            ||hB - gB||^2; X = 0 otherwise.
+        ridge: share of their largest eigenvalue that is added to B^T B and A A^T.
     """
-    of_b, of_a = _eigen(b.T @ b), _eigen(a @ a.T)
+    of_b, of_a = _eigen(b.T @ b, ridge), _eigen(a @ a.T, ridge)
     h_a = _inverse(of_b) @ g_a / scale**2
     h_b = g_b @ _inverse(of_a) / scale**2
     h_b = h_b - b @ (_inverse(of_b) @ (b.T @ h_b))
@@ -60,10 +64,10 @@ def equivalent(a: Tensor, b: Tensor, h_a: Tensor, h_b: Tensor, scale: float) -> 
     return scale * (b @ h_a + h_b @ a)
 
 
-def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, a little above what they are, and eigenvectors of a symmetric r x r matrix."""
+def _eigen(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, raised by the ridge, and eigenvectors of a symmetric r x r matrix."""
     values, vectors = torch.linalg.eigh(gram)
-    return values.clamp(min=0) + max(RIDGE * float(values[-1]), TINY), vectors
+    return values.clamp(min=0) + max(ridge * float(values[-1]), TINY), vectors
 
 
 def _inverse(eigen: tuple[Tensor, Tensor]) -> Tensor:

@@ -22,9 +22,11 @@ __all__ = ["Numbers", "escaped", "rite", "transported"]
 
 @dataclass(frozen=True)
 class Numbers:
-    """skip: RMS above which a module's unmagnified gradient is taken as 0; clip: norm of all of them; None for never.
+    """What the update is set to.
 
-    escape: whether the mass that second moments lose when their basis turns is added again.
+    skip: RMS above which a factor's unmagnified gradient is taken as 0; clip: bound of the norm of all of them; None
+    for never. cutoff: share of a factor's largest singular value below which its others count as 0. escape: whether
+    the mass that second moments lose when their basis turns is added again.
     """
 
     betas: tuple[float, float]
@@ -32,6 +34,7 @@ class Numbers:
     weight_decay: float
     skip: float | None
     clip: float | None
+    cutoff: float
     escape: bool
 
 
@@ -88,10 +91,13 @@ def _sides(module: Factors, numbers: Numbers) -> tuple[Side, Side]:
 
 
 def _side(parameter: Parameter, turned: bool, rate: float, partner: Tensor, numbers: Numbers) -> Side:
-    """The partner's R is singular where the partner is 0: its pseudo-inverse is 0, and the factor stands still."""
+    """Where the partner is 0, or next to it, R's pseudo-inverse is 0, and the factor stands still.
+
+    1 / R would magnify the rounding of a gradient of lower rank, and what it moves in the other factor's next step.
+    """
     assert parameter.grad is not None
     basis, upper = torch.linalg.qr(partner)
-    inverse = torch.linalg.pinv(upper, rtol=len(upper) * torch.finfo(parameter.dtype).eps)
+    inverse = torch.linalg.pinv(upper, rtol=numbers.cutoff)
     gradient = wide(parameter.grad.T if turned else parameter.grad) @ inverse
     if numbers.skip is not None and float(gradient.square().mean().sqrt()) > numbers.skip:
         gradient = torch.zeros_like(gradient)

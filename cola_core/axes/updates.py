@@ -52,7 +52,7 @@ def lora_rite(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) ->
     """LoRA-RITE, arXiv 2410.20625: the step of W is the same for all A and B of the same B A."""
     assert isinstance(config.update, LoraRite)
     mine, betas = config.update, (config.betas[0], config.betas[1])
-    numbers = Numbers(betas, config.epsilon, config.weight_decay, mine.skip, mine.clip, mine.escape)
+    numbers = Numbers(betas, config.epsilon, config.weight_decay, mine.skip, mine.clip, mine.cutoff, mine.escape)
     return pairwise(groups, layers, adam_settings(config), rite(numbers))
 
 

@@ -83,14 +83,16 @@ class LoraPro(Value):
 
 
 class LoraRite(Value):
-    """skip: RMS above which a module's unmagnified gradient counts as 0; clip: bound of the norm of all of them.
+    """skip: RMS above which a factor's unmagnified gradient counts as 0; clip: bound of the norm of all; null: never.
 
-    Null for neither. escape: whether the second moments that are lost when a basis turns are added again.
+    cutoff: share of a factor's largest singular value below which others count as 0; escape: whether the second
+    moments that are lost when a basis turns are added again.
     """
 
     kind: Literal["lora_rite"]
     skip: float | None = Field(gt=0)
     clip: float | None = Field(gt=0)
+    cutoff: float = Field(ge=0, lt=1)
     escape: bool
 
 
