@@ -70,9 +70,12 @@ def walk(
     """
     mine = {n: (Parameter(a.clone()), Parameter(b.clone())) for n, (a, b, _) in pairs.items()}
     config = LinkConfig(**{**LINK.model_dump(), "weight_decay": 0.0, "learning_rate": 0.01, **changes})
+    twice = config.model_copy(update={"learning_rate": 2 * config.learning_rate})
     named = [(f"{n}.{role}", role, p) for n, both in mine.items() for role, p in zip("AB", both, strict=True)]
     layers: Any = {n: SimpleNamespace(scale=s) for n, (_, _, s) in pairs.items()}
-    optimizer = build_optimizer(named[::order], config, layers)
+    optimizer = build_optimizer(named[::order], twice, layers)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] / 2  # as the trainer does, whose schedule changes it
     path: dict[str, list[Tensor]] = {n: [] for n in pairs}
     for step in gradients:
         for name, g in step.items():
@@ -181,7 +184,7 @@ def test_full_mode_is_adam_on_the_equivalent_gradient_brought_back_to_the_factor
         adam = m / (1 - 0.7**t) / ((v / (1 - 0.95**t)).sqrt() + 1e-3)
         ha, hb = nearest_steps(a, b, adam, 2.5)
         a, b = a * (1 - 0.01 * 0.1) - 0.01 * ha, b * (1 - 0.01 * 0.1) - 0.01 * hb
-        torch.testing.assert_close(path["m"][t - 1], 2.5 * b @ a, atol=2e-3 * float((b @ a).norm()), rtol=0)
+        torch.testing.assert_close(path["m"][t - 1], 2.5 * b @ a, atol=1e-6, rtol=0)
 
 
 def test_efficient_mode_is_adamw_on_the_nearest_steps() -> None:
@@ -196,7 +199,7 @@ def test_efficient_mode_is_adamw_on_the_nearest_steps() -> None:
             first[i], second[i] = 0.7 * first[i] + 0.3 * h, 0.95 * second[i] + 0.05 * h**2
             adam = first[i] / (1 - 0.7**t) / ((second[i] / (1 - 0.95**t)).sqrt() + 1e-3)
             mine[i] = mine[i] * (1 - 0.01 * 0.1) - 0.01 * adam
-        torch.testing.assert_close(path["m"][t - 1], 2.5 * mine[1] @ mine[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(path["m"][t - 1], 2.5 * mine[1] @ mine[0], atol=3e-6, rtol=0)
 
 
 @given(SEEDS)
@@ -335,10 +338,10 @@ def test_rites_first_step_from_b_zero_moves_b_alone_by_a_matrix_of_equal_singula
     update = {**RITE, "skip": None}
     _, mine = walk({"m": (a, zero, 2.0)}, steps_of([g, g]), update=update, epsilon=1e-12)
     assert not torch.allclose(mine["m"][0], a), "A moves from the second step on"
-    path, mine = walk({"m": (a, zero, 2.0)}, steps_of([g]), update=update, epsilon=1e-12)
+    path, mine = walk({"m": (a, zero, 2.0)}, steps_of([g]), update=update, epsilon=1e-12, learning_rate=0.03)
     assert torch.equal(mine["m"][0], a)
     u, _, v = torch.linalg.svd(g @ pinv(a) @ a, full_matrices=False)
-    wanted = -2.0 * 0.01 * math.sqrt(9) * u[:, :3] @ v[:3]  # s lr sqrt(out) times the orthogonal factor of G P_A
+    wanted = -2.0 * 0.03 * math.sqrt(9) * u[:, :3] @ v[:3]  # s lr sqrt(out) times the orthogonal factor of G P_A
     torch.testing.assert_close(path["m"][0], wanted, atol=1e-8, rtol=0)
 
 
