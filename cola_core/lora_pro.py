@@ -21,7 +21,7 @@ from cola_core.pairwise import Factors, Rule, State, wide
 __all__ = ["MODES", "Moments", "directions", "equivalent"]
 
 # Of the largest eigenvalue of B^T B or A A^T. The authors' is 1e-8, not relative: it outweighs B^T B while B is small.
-# Relative, it has to be larger: where gradients have a lower rank than B, 1e-8 let A grow a hundredfold.
+# Relative, it has to be larger: where gradients have a lower rank than B, 1e-8 let entries of A grow to 100.
 RIDGE = 1e-6
 TINY = torch.finfo(torch.float64).tiny  # of a factor that is 0, whose gradients' products are 0 too
 
