@@ -103,7 +103,7 @@ def measured(recipe: str) -> dict[str, Any]:
         stamps.append(-1.0)
         return honest(job, both)
 
-    links.run_link = watched
+    links.run_link = watched  # type: ignore[assignment]
     keys = list(load_yaml(Path("params.yaml").read_text())["chain"])
     for stage in ("fetch", "prepare", "head", "evaluate_base"):
         run(stage)

@@ -43,6 +43,8 @@ AXES: dict[str, list[Any]] = {
     "link.update": [
         *("adamw", "sgd", {"kind": "lora_plus", "ratio": 4.0}, {"kind": "penalised", "l2": 0.01}),
         {"kind": "proximal", "threshold": 0.1, "rule": "soft", "l1": 0.0},
+        *({"kind": "lora_pro", "mode": "efficient"}, {"kind": "lora_pro", "mode": "full"}),
+        {"kind": "lora_rite", "skip": 1.0, "clip": 1.0, "cutoff": 0.01, "escape": False},
         *({"kind": "lora_ggpo", "sigma": 0.03, "beta": 0.01}, {"kind": "lora_mgpo", "rho": 0.05, "smoothing": 0.9}),
     ],
     "link.pruning": [

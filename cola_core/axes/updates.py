@@ -10,6 +10,10 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from cola_core.adapters import LoRA
 from cola_core.config.recipe import LinkConfig
+from cola_core.config.values import LoraPro, LoraRite
+from cola_core.optimizers.lora_pro import MODES, Moments
+from cola_core.optimizers.lora_rite import Numbers, rite
+from cola_core.optimizers.pairwise import pairwise
 from cola_core.optimizers.penalised import Penalised, Proximal
 from cola_core.optimizers.perturbed import Ggpo, Mgpo
 
@@ -62,6 +66,21 @@ def lora_mgpo(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) ->
     return Mgpo(groups, options.rho, options.smoothing, **adam_settings(config))
 
 
+def lora_pro(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """LoRA-Pro, arXiv 2407.18242: A and B step so that W goes as near as it can to where its own gradient leads."""
+    assert isinstance(config.update, LoraPro)
+    numbers = Moments((config.betas[0], config.betas[1]), config.epsilon, config.weight_decay)
+    return pairwise(groups, layers, adam_settings(config), MODES[config.update.mode](numbers))
+
+
+def lora_rite(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """LoRA-RITE, arXiv 2410.20625: the step of W is the same for all A and B of the same B A."""
+    assert isinstance(config.update, LoraRite)
+    mine, betas = config.update, (config.betas[0], config.betas[1])
+    numbers = Numbers(betas, config.epsilon, config.weight_decay, mine.skip, mine.clip, mine.cutoff, mine.escape)
+    return pairwise(groups, layers, adam_settings(config), rite(numbers))
+
+
 UPDATES: dict[str, Update] = {
     "adamw": adamw,
     "sgd": sgd,
@@ -70,6 +89,8 @@ UPDATES: dict[str, Update] = {
     "proximal": proximal,
     "lora_ggpo": lora_ggpo,
     "lora_mgpo": lora_mgpo,
+    "lora_pro": lora_pro,
+    "lora_rite": lora_rite,
 }
 
 

@@ -167,7 +167,28 @@ class Mgpo(Value):
     smoothing: float = Field(ge=0, lt=1)
 
 
-Update = Annotated[Adam | LoraPlus | Penalised | Proximal | Ggpo | Mgpo, *Tagged]
+class LoraPro(Value):
+    """mode: efficient = Adam on the steps of A and B; full = Adam on the equivalent gradient of W, of its size."""
+
+    kind: Literal["lora_pro"]
+    mode: Literal["efficient", "full"]
+
+
+class LoraRite(Value):
+    """skip: RMS above which a factor's unmagnified gradient counts as 0; clip: bound of the norm of all; null: never.
+
+    cutoff: share of a factor's largest singular value below which others count as 0; escape: whether the second
+    moments that are lost when a basis turns are added again.
+    """
+
+    kind: Literal["lora_rite"]
+    skip: float | None = Field(gt=0)
+    clip: float | None = Field(gt=0)
+    cutoff: float = Field(ge=0, lt=1)
+    escape: bool
+
+
+Update = Annotated[Adam | LoraPlus | Penalised | Proximal | Ggpo | Mgpo | LoraPro | LoraRite, *Tagged]
 
 
 class Whole(Value):
