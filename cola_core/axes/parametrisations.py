@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional
 
+from cola_core import nola
+
 if TYPE_CHECKING:
     from cola_core.adapters import LoRA
     from cola_core.config.values import Parametrisation as Options
@@ -33,7 +35,8 @@ class Form:
     factors: A (r x in) and B (out x r) as the forward pass takes them;
     connect: tells the layers of one link of each other, by name, once all are prepared;
     low: r numbers per token, A x unless the form says otherwise;
-    merged: what stands for the layer when it is merged, `factors` where the merge is exact.
+    merged: what stands for the layer when it is merged, `factors` where the merge is exact;
+    stored: what the link's file holds of the layer's A and B, where the rest can be drawn again.
     """
 
     prepare: Callable[[LoRA, Options, int], None]
@@ -41,6 +44,7 @@ class Form:
     connect: Callable[[Mapping[str, LoRA], Options], None] = lambda layers, options: None
     low: Callable[[LoRA, Tensor, Tensor], Tensor] = lambda layer, x, a: functional.linear(layer.dropout(x), a)
     merged: Callable[[LoRA], tuple[Tensor, Tensor]] | None = None
+    stored: Callable[[LoRA], tuple[Tensor, Tensor]] | None = None
 
     @property
     def exact(self) -> bool:
@@ -71,4 +75,5 @@ PARAMETRISATIONS = {
     "plain": Form(nothing, own),
     "frozen_a": Form(freeze_a, own),
     "frozen_b": Form(freeze_b, own),
+    "nola": Form(nola.prepare, nola.factors, nola.connect, stored=own),
 }

@@ -59,7 +59,14 @@ class Factors(Value):
     kind: Literal["plain", "frozen_a", "frozen_b"]
 
 
-Parametrisation = Annotated[Factors, BeforeValidator(_named)]
+class Nola(Value):
+    """bases: random matrices of which A is a sum, and as many for B; their coefficients are all that trains."""
+
+    kind: Literal["nola"]
+    bases: int = Field(ge=1, le=2**20)
+
+
+Parametrisation = Annotated[Factors | Nola, *Tagged]
 
 
 class Adam(Value):
