@@ -120,6 +120,7 @@ def test_a_layer_is_the_explicit_sum_and_so_are_its_gradients(sizes: tuple[int, 
         by_hand = torch.stack([(gradient * basis).sum() for basis in drawn]) / math.sqrt(bases)
         torch.testing.assert_close(found.grad, by_hand, atol=1e-11, rtol=1e-11)
     assert {name for name, _ in layer.named_parameters(recurse=False)} == {"A", "B"}, "the roles stay A and B"
+    assert not layer.origin.a.requires_grad and not layer.origin.b.requires_grad, "A_0 and B_0 take no gradient"
 
 
 def test_autograd_agrees_with_finite_differences() -> None:
