@@ -17,8 +17,8 @@ from benchmarks.pairs import Pairs, alternate
 from benchmarks.results import Row, compared
 from benchmarks.setting import Setting
 from cola_core.axes.allocators import Question, allocate
-from cola_core.axes.initialisers import draw_a
 from cola_core.config.recipe import AllocateConfig
+from cola_core.draws import draw_a
 from cola_core.models import adaptable, weight_shape
 from cola_core.probe import Profile, probe
 from cola_core.rows import Row as Example

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from cola_core.adapters import LoRA, Pair, attach
 from cola_core.assets.base import base_folder
 from cola_core.assets.references import opened
-from cola_core.axes.initialisers import draw_a
 from cola_core.axes.parametrisations import SCALES
 from cola_core.config.base import load_yaml
 from cola_core.config.params import Params, check_params
@@ -23,6 +22,7 @@ from cola_core.data.encode import Codec, encode
 from cola_core.data.examples import read_examples
 from cola_core.data.prepared import write_prepared
 from cola_core.data.splits import split
+from cola_core.draws import draw_a
 from cola_core.health import Course
 from cola_core.models import adaptable, load_base, place, weight_shape
 from cola_core.rows import Row, Task

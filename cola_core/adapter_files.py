@@ -17,6 +17,7 @@ from cola_core.adapters import Pair
 from cola_core.config.base import Strict, parse
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json
+from cola_core.nola_files import Drawn, Streams, described, filled_in
 from cola_core.tensors import load_tensors, save_tensors
 
 __all__ = ["Adapter", "read_adapter", "write_adapter"]
@@ -28,6 +29,8 @@ TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "SEQ_
 class Stored(Strict, extra="ignore"):
     """What is read back of adapter_config.json; the rest is for PEFT."""
 
+    peft_type: Literal["LORA", "NOLA"]
+    nola: Streams | None = None
     task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
     base_model_name_or_path: str
     r: int = Field(ge=1)
@@ -53,7 +56,8 @@ class Adapter:
     """One adapter file.
 
     pairs: module -> (A, B, scale); alpha: PEFT's lora_alpha of a module from its rank; rslora: scale is alpha / sqrt(r)
-    instead of alpha / r; head: an encoder's head by parameter name; transposed: weights are kept in x out (Conv1D).
+    instead of alpha / r; head: an encoder's head by parameter name; transposed: weights are kept in x out (Conv1D);
+    drawn: what the file holds instead of A and B, where they can be drawn again.
     """
 
     pairs: dict[str, Pair]
@@ -63,15 +67,17 @@ class Adapter:
     rslora: bool
     transposed: bool = False
     head: dict[str, Tensor] = field(default_factory=dict)
+    drawn: Drawn | None = None
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
     """Write both files into an existing folder; module names are complete and escaped where PEFT reads patterns."""
     write_json(folder / "adapter_config.json", _config(adapter))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, pair in adapter.pairs.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.b
+        matrices = {"lora_A.weight": pair.a, "lora_B.weight": pair.b}
+        parts = adapter.drawn.tensors(name) if adapter.drawn else matrices
+        tensors |= {f"{PREFIX}{name}.{part}": tensor for part, tensor in parts.items()}
         if pair.bias is not None:
             tensors[f"{PREFIX}{name}.bias"] = pair.bias
     tensors |= {f"{PREFIX}{name}": value for name, value in adapter.head.items()}
@@ -87,13 +93,15 @@ def read_adapter(folder: Path) -> Adapter:
     config = _read_config(folder / "adapter_config.json")
     path = folder / "adapter_model.safetensors"
     short = {name.removeprefix(PREFIX): tensor for name, tensor in load_tensors(path).items()}
+    ranks = {name: config.rank(name) for name in config.target_modules}
+    drawn = filled_in(short, config.nola, ranks, path) if config.nola else None
     pairs = {name: _pair(short, name, config, path) for name in config.target_modules}
     if strange := sorted(name for name in short if name.split(".")[0] not in (config.modules_to_save or ())):
         raise UserError(f"{path}: {strange[0]}: adapter_config.json does not name it; restore both with `dvc checkout`")
     alpha = {name: config.alpha(name) for name in pairs}
     kind = next(kind for kind, task in TASK_TYPES.items() if task == config.task_type)
     return Adapter(
-        pairs, config.base_model_name_or_path, kind, alpha, config.use_rslora, config.fan_in_fan_out, head=short
+        pairs, config.base_model_name_or_path, kind, alpha, config.use_rslora, config.fan_in_fan_out, short, drawn
     )
 
 
@@ -101,7 +109,10 @@ def _read_config(path: Path) -> Stored:
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object, got {type(content).__name__}; restore it with `dvc checkout`")
-    return parse(Stored, content, "", file=str(path))
+    config = parse(Stored, content, "", file=str(path))
+    if (config.peft_type == "NOLA") != (config.nola is not None):
+        raise UserError(f"{path}: peft_type {config.peft_type!r} and nola do not fit; restore it with `dvc checkout`")
+    return config
 
 
 def _pair(tensors: dict[str, Tensor], name: str, config: Stored, path: Path) -> Pair:
@@ -139,6 +150,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "init_lora_weights": True,
         "target_modules": sorted(adapter.pairs),
         "modules_to_save": sorted({name.split(".")[0] for name in adapter.head}) or None,
+        **(described(adapter.drawn, adapter.pairs) if adapter.drawn else {}),
     }
 
 

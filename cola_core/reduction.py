@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cola_core.adapters import Pair
-from cola_core.axes.initialisers import draw_a
 from cola_core.config.recipe import ProfileConfig
 from cola_core.directions import Directions, gradient_directions
+from cola_core.draws import draw_a
 from cola_core.errors import UserError
 from cola_core.gap import decomposable, frank_wolfe_gap
 from cola_core.models import as_matrix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-__all__ = ["derive"]
+__all__ = ["derive", "of_layer"]
 
 
 def derive(seed: int, *purpose: str | int) -> int:
@@ -16,3 +16,8 @@ def derive(seed: int, *purpose: str | int) -> int:
     """
     text = "/".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def of_layer(seed: int, link: int, module: str) -> int:
+    """The seed of what one layer of one link draws for its own form."""
+    return derive(seed, link, "form", module)

@@ -14,7 +14,7 @@ from cola_core.chain import pairs_by_module
 from cola_core.job import LinkJob
 from cola_core.models import adaptable, as_matrix, weight_shape
 from cola_core.ranks import check_ranks
-from cola_core.seeds import derive
+from cola_core.seeds import of_layer
 
 __all__ = ["first_layers", "first_pairs"]
 
@@ -46,6 +46,6 @@ def first_layers(model: PreTrainedModel, job: LinkJob, firsts: Mapping[str, Firs
     for name, layer in layers.items():
         if firsts[name].kept:
             layer.given = Pair(layer.A.detach().clone(), layer.B.detach().clone(), layer.scale)
-        form.prepare(layer, config.parametrisation, derive(job.seed, len(job.chain), "form", name))
+        form.prepare(layer, config.parametrisation, of_layer(job.seed, len(job.chain), name))
     form.connect(layers, config.parametrisation)
     return layers

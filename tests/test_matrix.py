@@ -36,7 +36,7 @@ AXES: dict[str, list[Any]] = {
     ],
     "link.parametrisation": [
         *("plain", "frozen_a", "frozen_b", {"kind": "gated", "start": "one"}),
-        *({"kind": "softmax_gated", "temperature": 0.05}, "res_is"),
+        *({"kind": "softmax_gated", "temperature": 0.05}, {"kind": "nola", "bases": 8}, "res_is"),
         *({"kind": kind, "previous": 1} for kind in ("res_bs", "res_ms", "res_ms_weights")),
     ],
     "link.scale": ["lora", "rslora"],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cola_core.draws import DRAWN, draw_a
 from cola_core.seeds import derive
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ class Start:
     module: str
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
     def columns(self) -> int:
         """in."""
         return self.weight.shape[1]
@@ -57,20 +63,9 @@ class First:
 Initialiser = Callable[[Start, Any], First]
 
 
-def draw_a(seed: int, link: int, module: str, rows: int, columns: int) -> Tensor:
-    """A ~ U(-1/sqrt(in), 1/sqrt(in)), rows x in, float64: kaiming_uniform(a = sqrt 5), as in LoRA and GoRA.
-
-    The probe draws all rows of A_max for its sketch and the initialiser the first r of them: same stream, same values.
-    """
-    generator = torch.Generator().manual_seed(derive(seed, link, "init", module))
-    bound = 1 / math.sqrt(columns)
-    return torch.rand(rows, columns, generator=generator, dtype=torch.float64) * (2 * bound) - bound
-
-
 def kaiming(start: Start, options: Any) -> First:
     """Random A, B = 0: the new link changes nothing (LoRA; COLA, Algorithm 1)."""
-    a = draw_a(start.seed, start.link, start.module, start.rank, start.columns)
-    return First(a, torch.zeros(len(start.weight), start.rank, dtype=torch.float64))
+    return First(*DRAWN["kaiming"](start.seed, start.link, start.module, start.rank, start.shape))
 
 
 def random_b(start: Start, options: Any) -> First:
@@ -78,9 +73,7 @@ def random_b(start: Start, options: Any) -> First:
 
     The paper leaves the variance to the step size; 1/r makes E ||B x||^2 = out/r ||x||^2 independent of the rank.
     """
-    generator = torch.Generator().manual_seed(derive(start.seed, start.link, "init", start.module))
-    b = torch.randn(len(start.weight), start.rank, generator=generator, dtype=torch.float64)
-    return First(torch.zeros(start.rank, start.columns, dtype=torch.float64), b / math.sqrt(start.rank))
+    return First(*DRAWN["random_b"](start.seed, start.link, start.module, start.rank, start.shape))
 
 
 def gora(start: Start, options: Any) -> First:

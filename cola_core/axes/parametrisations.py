@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional
 
-from cola_core.forms import gates, shortcuts
+from cola_core.forms import gates, nola, shortcuts
 
 if TYPE_CHECKING:
     from cola_core.adapters import LoRA
@@ -36,7 +36,8 @@ class Form:
     connect: tells the layers of one link of each other, by name, once all are prepared;
     low: r numbers per token, A x unless the form says otherwise;
     merged: A and B that stand for the layer when it is merged, None for `factors`; exact: whether they compute what
-        the layer does.
+        the layer does;
+    stored: what the link's file holds of the layer's A and B, where the rest can be drawn again.
     """
 
     prepare: Callable[[LoRA, Options, int], None]
@@ -45,6 +46,7 @@ class Form:
     low: Callable[[LoRA, Tensor, Tensor], Tensor] = lambda layer, x, a: functional.linear(layer.dropout(x), a)
     merged: Callable[[LoRA], tuple[Tensor, Tensor]] | None = None
     exact: bool = True
+    stored: Callable[[LoRA], tuple[Tensor, Tensor]] | None = None
 
 
 def own(layer: LoRA) -> tuple[Tensor, Tensor]:
@@ -82,4 +84,5 @@ PARAMETRISATIONS = {
     "res_ms_weights": Form(
         shortcuts.remember, own, shortcuts.connect, shortcuts.middle_low, shortcuts.by_weights, exact=False
     ),
+    "nola": Form(nola.prepare, nola.factors, nola.connect, stored=own),
 }

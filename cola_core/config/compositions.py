@@ -39,8 +39,8 @@ UPDATE, PRUNING, QUANTISE, DTYPE, DEVICE = (
 )
 
 STEPPING = "gora lora_ga loftq momentum"  # B A is not 0 at the start
-PAIRS, GATES, SHORTCUTS = "plain frozen_a frozen_b", "gated softmax_gated", "res_is res_bs res_ms res_ms_weights"
-NOT_PLAIN = f"frozen_a frozen_b {GATES} {SHORTCUTS}"
+PAIRS, GATES, SHORTCUTS = "plain frozen_a frozen_b nola", "gated softmax_gated", "res_is res_bs res_ms res_ms_weights"
+NOT_PLAIN = f"frozen_a frozen_b nola {GATES} {SHORTCUTS}"
 
 REFUSALS = (
     _no(ALLOCATOR, "gora", PROBE, "none", "ranks come from the probe's gradient"),
@@ -49,13 +49,14 @@ REFUSALS = (
     _no(INITIALISER, "kaiming eva momentum", PARAMETRISATION, "frozen_b", "B starts at 0 and would stay there"),
     _no(INITIALISER, "random_b cora", PARAMETRISATION, "frozen_a", "A starts at 0 and would stay there"),
     _no(INITIALISER, STEPPING, PARAMETRISATION, SHORTCUTS, "its start would count in later blocks too"),
+    _no(INITIALISER, f"{STEPPING} cora eva", PARAMETRISATION, "nola", "its start could not be drawn again from a seed"),
     _no(ALLOCATOR, "gora eva", PARAMETRISATION, "res_ms res_ms_weights", "A of one block feeds another's B"),
     _no(UPDATE, "lora_plus", PARAMETRISATION, "frozen_a frozen_b", "one factor alone trains, so there is no ratio"),
     _no(UPDATE, "lora_pro lora_rite", PARAMETRISATION, NOT_PLAIN, "it steps both A and B, of s B A alone"),
     _no(UPDATE, "proximal", PARAMETRISATION, f"{PAIRS} softmax_gated {SHORTCUTS}", "it thresholds free gates"),
-    _no(UPDATE, "lora_ggpo", PARAMETRISATION, f"{GATES} {SHORTCUTS}", "its noise follows the gradient of one pair B A"),
+    _no(UPDATE, "lora_ggpo", PARAMETRISATION, f"nola {GATES} {SHORTCUTS}", "its noise follows the gradient of B A"),
     _no(PRUNING, "beam_lora", PARAMETRISATION, f"{PAIRS} gated {SHORTCUTS}", "it compares a softmax's gates"),
-    _no(PRUNING, "alora", PARAMETRISATION, f"frozen_b {GATES} {SHORTCUTS}", "a rank that grows is a new pair, B = 0"),
+    _no(PRUNING, "alora", PARAMETRISATION, f"frozen_b nola {GATES} {SHORTCUTS}", "a rank that grows starts at B = 0"),
     _no(PRUNING, "beam_lora alora", UPDATE, "proximal", "free gates are thresholded, and there are none"),
     _no(PRUNING, "alora", UPDATE, "lora_rite", "what it keeps of a basis of so many ranks would not fit another"),
     _no(PRUNING, "beam_lora", UPDATE, "lora_pro lora_rite", "they step A and B of s B A alone, without gates"),

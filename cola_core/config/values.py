@@ -119,7 +119,14 @@ class Shortcut(Value):
     previous: int = Field(ge=1)
 
 
-Parametrisation = Annotated[Factors | Gated | SoftmaxGated | InputShortcut | Shortcut, *Tagged]
+class Nola(Value):
+    """bases: random matrices of which A is a sum, and as many for B; their coefficients are all that trains."""
+
+    kind: Literal["nola"]
+    bases: int = Field(ge=1, le=2**20)
+
+
+Parametrisation = Annotated[Factors | Gated | SoftmaxGated | InputShortcut | Shortcut | Nola, *Tagged]
 
 
 class Adam(Value):

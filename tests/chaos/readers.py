@@ -39,6 +39,7 @@ from tests.chaos.samples import (
     good,
     links,
     method_seeds,
+    nola_adapter,
     params_seeds,
     resealed,
     top_seeds,
@@ -105,12 +106,12 @@ def read_chain_json(path: Path) -> None:
     assert read_manifest(path)["links"][-1]["hash"] == chain[-1].hash
 
 
-def read_pair(name: str) -> Callable[[Path], None]:
+def read_pair(name: str, whole: Callable[[], Adapter] = adapter) -> Callable[[Path], None]:
     """An adapter's folder, of whose two files `name` is the spoilt one."""
 
     def read(path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            write_adapter(Path(folder), adapter())
+            write_adapter(Path(folder), whole())
             shutil.copyfile(path, Path(folder) / name)
             found = read_adapter(Path(folder))
             for pair in found.pairs.values():
@@ -196,6 +197,15 @@ KINDS: dict[str, Kind] = {
         CONFIG, lambda: [good(CONFIG)], broken_json(lambda: json.loads(good(CONFIG))), read_pair(CONFIG)
     ),
     "adapter_model": _tensors(WEIGHTS, read_pair(WEIGHTS)),
+    "nola_config": Kind(
+        CONFIG,
+        lambda: [good(f"nola/{CONFIG}")],
+        broken_json(lambda: json.loads(good(f"nola/{CONFIG}"))),
+        read_pair(CONFIG, nola_adapter),
+    ),
+    "nola_model": Kind(
+        WEIGHTS, lambda: [good(f"nola/{WEIGHTS}")], broken_tensors(f"nola/{WEIGHTS}"), read_pair(WEIGHTS, nola_adapter)
+    ),
     "head": Kind("head.safetensors", lambda: [good(WEIGHTS)], broken_tensors(WEIGHTS), read_head),
     "checkpoint": _tensors("state.safetensors", read_checkpoint),
     "conf_method": Kind("spoilt.yaml", method_seeds, broken_conf(method_seeds), read_method),

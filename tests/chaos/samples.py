@@ -22,12 +22,22 @@ from cola_core.config.base import load_yaml
 from cola_core.export import chain_manifest
 from cola_core.files import new_dir
 from cola_core.lineage import Link, read_chain
+from cola_core.nola_files import Streams, filled_in
 from cola_core.root import seal
 from cola_core.sealed import _digest, write_sealed
 from cola_core.tensors import save_tensors
 from tests.chaos.mutations import header_of, mutate, respell, with_header
 
-__all__ = ["adapter", "broken_conf", "broken_json", "broken_params", "broken_tensors", "good", "training"]
+__all__ = [
+    "adapter",
+    "broken_conf",
+    "broken_json",
+    "broken_params",
+    "broken_tensors",
+    "good",
+    "nola_adapter",
+    "training",
+]
 
 ROOT = Path(__file__).parents[2]
 MODULES = [f"layers.{i}.q_proj" for i in range(4)]
@@ -74,6 +84,17 @@ def adapter() -> Adapter:
     return Adapter(pairs, "hub:org/name@main", "encoder", dict.fromkeys(pairs, 16.0), False, head=head)
 
 
+def nola_adapter() -> Adapter:
+    draw = torch.Generator().manual_seed(0)
+    names = [f"layers.{i}.q_proj" for i in range(3)]
+    parts = {name: (torch.randn(4, generator=draw), torch.randn(4, generator=draw)) for name in names}
+    streams = {"seed": 3, "link": 1, "initialiser": "kaiming", "bases": 4, "shapes": {n: [5, 6] for n in names}}
+    tensors = {f"{name}.nola_{letter}": t for name, pair in parts.items() for letter, t in zip("AB", pair, strict=True)}
+    drawn = filled_in(tensors, Streams(**streams), dict.fromkeys(names, 2), Path("adapter_model.safetensors"))
+    pairs = {n: Pair(tensors[f"{n}.lora_A.weight"], tensors[f"{n}.lora_B.weight"], 8.0) for n in names}
+    return Adapter(pairs, "hub:org/name@main", "causal", dict.fromkeys(pairs, 16.0), False, drawn=drawn)
+
+
 def training() -> tuple[dict[str, Parameter], torch.optim.Optimizer]:
     named = {"q.A": Parameter(torch.ones(2, 3)), "q.B": Parameter(torch.zeros(4, 2))}
     return named, torch.optim.AdamW(named.values())
@@ -96,7 +117,8 @@ def good(name: str) -> bytes:
         elif name in ("link.json", "chain.json"):
             return links()["1/adapter/link.json" if name == "link.json" else name]
         else:
-            write_adapter(Path(folder), adapter())
+            write_adapter(Path(folder), nola_adapter() if name.startswith("nola/") else adapter())
+            name = name.removeprefix("nola/")
         return (Path(folder) / name).read_bytes()
 
 
