@@ -7,21 +7,21 @@ by whoever opens the chain next; `tie_knot` proves beforehand that tying it chan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from cola_core.adapter_files import Adapter
 from cola_core.adapters import Pair, detach
+from cola_core.axes.initialisers import First
 from cola_core.axes.parametrisations import SCALES
 from cola_core.checkpoints import Progress
 from cola_core.config.recipe import LinkConfig
 from cola_core.health import Course, not_finite
 from cola_core.job import LinkJob
 from cola_core.knot import KNOT_ROWS, sample_scores, tie_knot, tied
-from cola_core.models import head_parameters, place
+from cola_core.models import head_parameters, keeps_transposed, place
 from cola_core.scoring import Objective
 from cola_core.start import first_layers, first_pairs
 from cola_core.train import Training, mean_loss
@@ -61,9 +61,9 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
         training.keep()
         raise
     scores = sample_scores(objective, job.validation[:KNOT_ROWS])
-    adapter, progress = _adapter(model, job), training.progress
+    adapter, progress = _adapter(model, job, firsts), training.progress
     del objective, model, layers, training
-    record = _record(job, adapter, progress, without)
+    record = {**_record(job, adapter, progress, without), "start_error": _start_error(firsts)}
     return adapter, {**record, "knot": tie_knot(job, adapter, scores, record["kept"])}, progress
 
 
@@ -75,8 +75,8 @@ def _loss_without(objective: Objective, job: LinkJob, course: Course) -> float:
     return loss
 
 
-def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:
-    """What was learned, as a file of its own."""
+def _adapter(model: PreTrainedModel, job: LinkJob, firsts: Mapping[str, First]) -> Adapter:
+    """What was learned, and the quantised weights that it was learned on, as files of their own."""
     base = job.chain[0].record["base"]
     pairs = {name: Pair(p.a.cpu(), p.b.cpu(), p.scale, p.bias) for name, p in detach(model).items()}
     return Adapter(
@@ -85,9 +85,16 @@ def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:
         kind=base["kind"],
         alpha={name: _alpha(pair, job.config) for name, pair in pairs.items()},
         rslora=job.config.scale == "rslora",
-        transposed=any(isinstance(model.get_submodule(name), Conv1D) for name in pairs),
+        transposed=any(keeps_transposed(model.get_submodule(name)) for name in pairs),
         head={name: p.detach().cpu().clone() for name, p in head_parameters(model).items()},
+        bases={name: first.base for name, first in firsts.items() if first.base is not None},
     )
+
+
+def _start_error(firsts: Mapping[str, First]) -> dict[str, float]:
+    """||W - (Q + s B_0 A_0)|| / ||W|| over modules, 0 where nothing is quantised."""
+    errors = [first.error for first in firsts.values()]
+    return {"max": max(errors), "mean": sum(errors) / len(errors)}
 
 
 def _alpha(pair: Pair, config: LinkConfig) -> float:

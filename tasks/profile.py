@@ -43,7 +43,7 @@ def main(context: Context) -> Done:
 
 def _probe(context: Context, config: Any, found: dict[str, Any]) -> dict[str, Any]:
     """Run the probe on the chain so far; fills `found` and returns the directions."""
-    from cola_core.chain import pairs_by_module, tie
+    from cola_core.chain import moved, tie
     from cola_core.config.recipe import MachineConfig
     from cola_core.lineage import read_chain
     from cola_core.models import load_base, place
@@ -60,7 +60,7 @@ def _probe(context: Context, config: Any, found: dict[str, Any]) -> dict[str, An
     modules = {name: model.get_submodule(name) for name in found["modules"]}
     rows = read_rows(PREPARED / "probe.arrow")
     print(f"profile: {len(rows)} examples, {len(modules)} modules, {config.probe}", flush=True)
-    result = probe(objective, rows, modules, pairs_by_module(chain), config, (context.value("seed"), len(chain)))
+    result = probe(objective, rows, modules, moved(chain), config, (context.value("seed"), len(chain)))
     found |= {"loss": result.loss, "examples": result.examples, "tokens": result.tokens}
     for name, numbers in result.modules.items():
         found["modules"][name] |= numbers
@@ -71,10 +71,9 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
     if found["probe"] == "none":
         return {}
     modules = found["modules"].values()
-    totals = {
-        "frank_wolfe_gap": sum(m["gap"] for m in modules),
-        "gap_valid_share": sum(m["gap_valid"] for m in modules) / len(modules),
-    }
+    totals = {"gap_valid_share": sum(m["gap_valid"] for m in modules) / len(modules)}
+    if all(m["gap"] is not None for m in modules):  # none of a module whose weight a link has replaced
+        totals["frank_wolfe_gap"] = sum(m["gap"] for m in modules)
     return {**{name: float(found[name]) for name in ("loss", "examples", "tokens")}, **totals}
 
 

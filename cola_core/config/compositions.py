@@ -44,6 +44,7 @@ REFUSALS = (
     _no(INITIALISER, "gora", DIRECTIONS, "none", "B comes from the sketch S = G A_max^T"),
     _no(INITIALISER, "kaiming", PARAMETRISATION, "frozen_b", "B would stay 0, and A without a gradient"),
     _no(INITIALISER, "random_b", PARAMETRISATION, "frozen_a", "A would stay 0, and B without a gradient"),
+    _no(INITIALISER, "loftq", QUANTISE, "none", "the pair makes up for what quantising takes: nothing is quantised"),
     _no(PARAMETRISATION, "frozen_a frozen_b", UPDATE, "lora_plus", "one factor alone trains, so there is no ratio"),
     _no(DTYPE, "bf16", DEVICE, "mps", "never tried on such a device"),
 )  # fmt: skip

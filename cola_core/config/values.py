@@ -50,7 +50,14 @@ class Gora(Value):
     gamma: float = Field(ge=0)
 
 
-Initialiser = Annotated[Random | Gora, *Tagged]
+class Loftq(Value):
+    """iterations: alternating steps T between quantiser and pair."""
+
+    kind: Literal["loftq"]
+    iterations: int = Field(ge=1)
+
+
+Initialiser = Annotated[Random | Gora | Loftq, *Tagged]
 
 
 class Factors(Value):
