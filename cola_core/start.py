@@ -43,7 +43,9 @@ def first_layers(model: PreTrainedModel, job: LinkJob, firsts: Mapping[str, Firs
     """Layers that start from `firsts`, around the modules of the placed model, whose weights may be quantised."""
     config, dtype = job.config, BASES[job.machine.dtype].adapter
     form, scale = PARAMETRISATIONS[config.parametrisation.kind], SCALES[config.scale]
-    pairs = {n: Pair(f.a.to(dtype), f.b.to(dtype), scale(config.alpha, len(f.a))) for n, f in firsts.items()}
+    # Dense, as a checkpoint gives them back: how a factor is laid out decides how its products are summed (law 7).
+    factors = {n: (f.a.to(dtype).contiguous(), f.b.to(dtype).contiguous()) for n, f in firsts.items()}
+    pairs = {n: Pair(a, b, scale(config.alpha, len(a))) for n, (a, b) in factors.items()}
     for name, first in firsts.items():
         if first.base is not None:
             model.set_submodule(name, QuantisedLinear(model.get_submodule(name), first.base))
