@@ -18,6 +18,8 @@ from cola_core.config.base import Strict, parse
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json
 from cola_core.nola_files import Drawn, Streams, described, filled_in
+from cola_core.quantisation import Quantised
+from cola_core.quantised_files import read_quantised, write_quantised
 from cola_core.tensors import load_tensors, save_tensors
 
 __all__ = ["Adapter", "read_adapter", "write_adapter"]
@@ -57,7 +59,8 @@ class Adapter:
 
     pairs: module -> (A, B, scale); alpha: PEFT's lora_alpha of a module from its rank; rslora: scale is alpha / sqrt(r)
     instead of alpha / r; head: an encoder's head by parameter name; transposed: weights are kept in x out (Conv1D);
-    drawn: what the file holds instead of A and B, where they can be drawn again.
+    drawn: what the file holds instead of A and B, where they can be drawn again;
+    bases: module -> the quantised weight that takes the place of its own before the pair is added.
     """
 
     pairs: dict[str, Pair]
@@ -68,10 +71,11 @@ class Adapter:
     transposed: bool = False
     head: dict[str, Tensor] = field(default_factory=dict)
     drawn: Drawn | None = None
+    bases: dict[str, Quantised] = field(default_factory=dict)
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
-    """Write both files into an existing folder; module names are complete and escaped where PEFT reads patterns."""
+    """Write its files into an existing folder; module names are complete and escaped where PEFT reads patterns."""
     write_json(folder / "adapter_config.json", _config(adapter))
     tensors: dict[str, Tensor] = {}
     for name, pair in adapter.pairs.items():
@@ -82,6 +86,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
             tensors[f"{PREFIX}{name}.bias"] = pair.bias
     tensors |= {f"{PREFIX}{name}": value for name, value in adapter.head.items()}
     save_tensors(folder / "adapter_model.safetensors", tensors)
+    write_quantised(folder, adapter.bases)
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -101,8 +106,9 @@ def read_adapter(folder: Path) -> Adapter:
     alpha = {name: config.alpha(name) for name in pairs}
     kind = next(kind for kind, task in TASK_TYPES.items() if task == config.task_type)
     return Adapter(
-        pairs, config.base_model_name_or_path, kind, alpha, config.use_rslora, config.fan_in_fan_out, short, drawn
-    )
+        pairs, config.base_model_name_or_path, kind, alpha, config.use_rslora, config.fan_in_fan_out, short, drawn,
+        read_quantised(folder),
+    )  # fmt: skip
 
 
 def _read_config(path: Path) -> Stored:

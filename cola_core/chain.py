@@ -16,10 +16,11 @@ from cola_core.errors import UserError
 from cola_core.files import new_dir
 from cola_core.lineage import Link
 from cola_core.models import adaptable, head_parameters, weight_shape
+from cola_core.quantisation import Quantised, restore
 from cola_core.root import seal
 from cola_core.tensors import load_tensors
 
-__all__ = ["head_of", "pairs_by_module", "tie", "write_link"]
+__all__ = ["head_of", "moved", "pairs_by_module", "tie", "write_link"]
 
 
 def write_link(folder: Path, adapter: Adapter, record: dict[str, Any], extra: dict[str, str]) -> None:
@@ -57,8 +58,11 @@ def tie(model: PreTrainedModel, chain: Sequence[Link]) -> Iterator[tuple[int, di
     modules = adaptable(model)
     shapes = {name: weight_shape(module) for name, module in modules.items()}
     for link in chain[1:]:
-        pairs = _pairs(link)
+        pairs, bases = _pairs(link), _bases(link)
         _check_shapes(link, {name: (p.b.shape[0], p.a.shape[1]) for name, p in pairs.items()}, shapes)
+        _check_shapes(link, {name: held.shape for name, held in bases.items()}, shapes)
+        for name, held in bases.items():
+            restore(modules[name], held)
         yield link.number, {name: _add(modules[name], name, pair, link) for name, pair in pairs.items()}
     head, told = head_parameters(model), head_of(chain)
     _check_shapes(chain[-1], {n: tuple(t.shape) for n, t in told.items()}, {n: tuple(p.shape) for n, p in head.items()})
@@ -74,6 +78,16 @@ def pairs_by_module(chain: Sequence[Link]) -> dict[str, list[Pair]]:
         for name, pair in _pairs(link).items():
             merged.setdefault(name, []).append(pair)
     return merged
+
+
+def moved(chain: Sequence[Link]) -> dict[str, list[Pair] | None]:
+    """module -> W - W_0 as pairs, in order; None where a link has replaced W: no sum of pairs tells it."""
+    replaced = {name for link in chain[1:] for name in _bases(link)}
+    return {**pairs_by_module(chain), **dict.fromkeys(replaced)}
+
+
+def _bases(link: Link) -> dict[str, Quantised]:
+    return link.adapter().bases if link.replaces_weights else {}
 
 
 def _pairs(link: Link) -> dict[str, Pair]:

@@ -29,8 +29,13 @@ def flat_adapter(chain: Sequence[Link]) -> Adapter:
     dW = sum_i s_i B_i A_i = [s_1 B_1 ... s_M B_M] [A_1; ...; A_M]; its own scale is 1 (alpha = r in every module).
 
     Raises:
-        UserError: no link was kept, or one trained biases, which PEFT's readers do not agree on.
+        UserError: no link was kept, one trained biases, which PEFT's readers do not agree on, or one replaced weights.
     """
+    if replacing := [link.number for link in chain[1:] if link.replaces_weights]:
+        raise UserError(
+            f"merge.flat_adapter: link {replacing[0]} was trained on quantised weights, which it puts in the place of "
+            "the base's: no adapter of the base gives that model; it exports as a merged checkpoint only"
+        )
     last, merged = chain[-1].adapter(), pairs_by_module(chain)
     if any(pair.bias is not None for parts in merged.values() for pair in parts):
         raise UserError("merge.flat_adapter: links trained with link.bias=lora export as a merged checkpoint only")
@@ -88,6 +93,7 @@ def _entry(link: Link, errors: dict[str, float]) -> dict[str, Any]:
         "ranks": {name: pair.rank for name, pair in pairs.items()},
         "scale": {name: pair.scale for name, pair in pairs.items()},
         "merge_error_max": max(errors.values(), default=0.0),
+        "replaces_weights": link.replaces_weights,
         **{key: link.record[key] for key in COPIED},
     }
 

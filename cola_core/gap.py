@@ -16,7 +16,7 @@ BLOCK, ROUNDS = 8, 100
 PRECISION = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
-def frank_wolfe_gap(gradient: Tensor, pairs: Sequence[Pair], radius: float) -> dict[str, Any]:
+def frank_wolfe_gap(gradient: Tensor, pairs: Sequence[Pair] | None, radius: float) -> dict[str, Any]:
     """max over V in K of <G, W - V>, with K the nuclear-norm ball of `radius` about the root weights W_0.
 
     The oracle is V = W_0 - radius u_1 v_1^T, so the gap is <G, W - W_0> + radius ||G||_2 (COLA, section 4; the ball is
@@ -24,11 +24,13 @@ def frank_wolfe_gap(gradient: Tensor, pairs: Sequence[Pair], radius: float) -> d
 
     Args:
         gradient: G, out x in.
-        pairs: everything merged so far, W - W_0 = sum s B A.
+        pairs: everything merged so far, W - W_0 = sum s B A; None where a link has replaced W by a quantised one.
 
     Returns:
-        gap, update_nuclear_norm = ||W - W_0||_*, and gap_valid: whether W still lies in K.
+        gap, update_nuclear_norm = ||W - W_0||_*, and gap_valid: whether W still lies in K; none where W was replaced.
     """
+    if pairs is None:
+        return {"gap": None, "update_nuclear_norm": None, "gap_valid": False}
     moved = sum(float((p.scale * (p.b.to(gradient).T @ gradient) * p.a.to(gradient)).sum()) for p in pairs)
     size = _nuclear_norm(pairs)
     return {

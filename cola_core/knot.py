@@ -23,6 +23,7 @@ from cola_core.errors import UserError
 from cola_core.job import LinkJob
 from cola_core.lineage import Link
 from cola_core.models import head_parameters, load_base, place
+from cola_core.quantisation import restore
 from cola_core.rows import Row, Task
 from cola_core.scoring import Objective
 
@@ -73,7 +74,7 @@ def tie_knot(job: LinkJob, adapter: Adapter, scores: Tensor, kept: bool) -> dict
     if kept:
         return _check(job, adapter, scores, rows)
     before = sample_scores(open_chain(job.base, job.chain, job.task, job.machine), rows)
-    return _check(job, replace(adapter, pairs={}, head=head_of(job.chain)), before, rows)
+    return _check(job, replace(adapter, pairs={}, bases={}, head=head_of(job.chain)), before, rows)
 
 
 def _check(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[Row]) -> dict[str, Any]:
@@ -106,6 +107,8 @@ def exact(config: LinkConfig) -> bool:
 def merged(job: LinkJob, adapter: Adapter, errors: dict[str, float] | None = None) -> Objective:
     """The chain with the new link, as the next link will open it; `errors` takes every module's merge error."""
     model, found = tied(job.base, job.chain, job.task, job.machine), {} if errors is None else errors
+    for name, held in adapter.bases.items():
+        restore(model.get_submodule(name), held)
     found |= {name: add_pair(model.get_submodule(name), pair) for name, pair in adapter.pairs.items()}
     with torch.no_grad():
         for name, parameter in head_parameters(model).items():

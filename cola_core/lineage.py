@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Link", "check_manifest", "read_chain", "read_manifest"]
 
 ADAPTER, HEAD = ("adapter_config.json", "adapter_model.safetensors"), "head.safetensors"
+QUANTISED = "quantised.safetensors"  # weights of the base that a link replaces
 
 
 class Base(Strict, extra="ignore"):
@@ -50,10 +51,11 @@ class Parent(Strict, extra="ignore"):
 
 
 class Section(Strict, extra="ignore"):
-    """What is needed later of the section `link`: a global learning rate goes on from its steps."""
+    """What is needed later of the section `link`: a global rate goes on from its steps; quantised: one more file."""
 
     steps: int
     learning_rate: float
+    quantise: str = "none"
 
 
 class Trained(Strict, extra="ignore"):
@@ -110,6 +112,11 @@ class Link:
         """Whether the link is part of the model; one that its policy dropped only keeps its place in the chain."""
         return bool(self.record.get("kept", True))
 
+    @property
+    def replaces_weights(self) -> bool:
+        """Whether the model has weights that are the link's own, quantised, in the place of the base's."""
+        return self.kept and QUANTISED in self.record["files"]
+
     def adapter(self) -> Adapter:
         """The adapter's files, read."""
         from cola_core.adapter_files import read_adapter
@@ -165,7 +172,9 @@ def _read_link(folder: Path) -> Link:
     record = read_sealed(path, "link")
     parse(Trained if record.get("link") else Root, record, "", file=str(path))
     check_hashes(folder, record["files"], tree_hash)
-    read = ADAPTER if record["link"] else [HEAD] if (folder / HEAD).exists() else []
+    read = list(ADAPTER) if record["link"] else [HEAD] if (folder / HEAD).exists() else []
+    if record["link"] and ((folder / QUANTISED).exists() or record["link_section"].get("quantise", "none") != "none"):
+        read.append(QUANTISED)
     if unnamed := [name for name in read if name not in record["files"]]:
         raise UserError(f"{path}: files: does not name {unnamed[0]}; train the link again with `dvc repro`")
     return Link(folder, record, tree_hash(path))

@@ -7,23 +7,16 @@ by whoever opens the chain next; `tie_knot` proves beforehand that tying it chan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-
 from cola_core.adapter_files import Adapter
-from cola_core.adapters import LoRA, Pair, detach
-from cola_core.axes.parametrisations import SCALES
 from cola_core.checkpoints import Progress
-from cola_core.config.recipe import LinkConfig
-from cola_core.errors import UserError
 from cola_core.health import Course, not_finite
 from cola_core.job import LinkJob
 from cola_core.knot import KNOT_ROWS, exact, merged, sample_scores, tie_knot, tied
-from cola_core.models import head_parameters, place
-from cola_core.nola_files import Drawn
+from cola_core.models import place
+from cola_core.outcome import adapter_of, record_of
 from cola_core.scoring import Objective, mean_loss
 from cola_core.start import first_layers, first_pairs
 from cola_core.train import Training, trained_parameters
@@ -55,20 +48,25 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
     if job.config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     layers = first_layers(model, job, firsts)
-    training = Training(objective, layers, job.train, job.validation, course)
+    progress = _train(Training(objective, layers, job.train, job.validation, course), report)
+    scores = sample_scores(objective, job.validation[:KNOT_ROWS])
+    trained = sum(p.numel() for _, role, p in trained_parameters(model, layers) if role != "head")
+    adapter = adapter_of(model, layers, job, firsts)
+    del objective, model, layers
+    handed_on = None if exact(job.config) else mean_loss(merged(job, adapter), job.validation, job.config)
+    record = record_of(job, adapter, progress, firsts, trained, without, handed_on)
+    return adapter, {**record, "knot": tie_knot(job, adapter, scores, record["kept"])}, progress
+
+
+def _train(training: Training, report: Report) -> Progress:
+    """All its steps; stopped by hand, a checkpoint of the last one is kept."""
     try:
         for event in training:
-            report({**event, "steps": job.config.steps})
+            report({**event, "steps": training.course.config.steps})
     except (KeyboardInterrupt, SystemExit):
         training.keep()
         raise
-    scores = sample_scores(objective, job.validation[:KNOT_ROWS])
-    trained = sum(p.numel() for _, role, p in trained_parameters(model, layers) if role != "head")
-    adapter, progress = _adapter(model, layers, job), training.progress
-    del objective, model, layers, training
-    handed_on = None if exact(job.config) else mean_loss(merged(job, adapter), job.validation, job.config)
-    record = _record(job, adapter, progress, trained, without, handed_on)
-    return adapter, {**record, "knot": tie_knot(job, adapter, scores, record["kept"])}, progress
+    return training.progress
 
 
 def _loss_without(objective: Objective, job: LinkJob, course: Course) -> float:
@@ -77,73 +75,3 @@ def _loss_without(objective: Objective, job: LinkJob, course: Course) -> float:
     if not math.isfinite(loss):
         raise not_finite("the validation loss of the chain without the link", course, 0)
     return loss
-
-
-def _adapter(model: PreTrainedModel, layers: Mapping[str, LoRA], job: LinkJob) -> Adapter:
-    """What was learned, as a file of its own."""
-    base, drawn = job.chain[0].record["base"], _drawn(layers, job)
-    pairs = {name: pair.to("cpu") for name, pair in detach(model).items() if pair.rank or pair.bias is not None}
-    if not pairs:
-        raise UserError(
-            f"link {len(job.chain)}: training took every rank away; lower link.update.threshold or take fewer steps"
-        )
-    return Adapter(
-        pairs=pairs,
-        base=base["asset"],
-        kind=base["kind"],
-        alpha={name: _alpha(pair, job.config) for name, pair in pairs.items()},
-        rslora=job.config.scale == "rslora",
-        transposed=any(isinstance(model.get_submodule(name), Conv1D) for name in pairs),
-        head={name: p.detach().cpu().clone() for name, p in head_parameters(model).items()},
-        drawn=drawn,
-    )
-
-
-def _drawn(layers: Mapping[str, LoRA], job: LinkJob) -> Drawn | None:
-    """What the file holds instead of A and B; None for forms whose file holds these."""
-    stored = {name: layer.form.stored(layer) for name, layer in layers.items() if layer.form.stored}
-    parts = {name: (a.detach().cpu().clone(), b.detach().cpu().clone()) for name, (a, b) in stored.items()}
-    return Drawn(job.seed, len(job.chain), job.config.initialiser.kind, parts) if parts else None
-
-
-def _alpha(pair: Pair, config: LinkConfig) -> float:
-    """What PEFT's alpha / r or alpha / sqrt(r) gives the pair's scale from; its rank may not be that of training."""
-    if SCALES[config.scale](config.alpha, pair.rank) == pair.scale:
-        return config.alpha
-    return pair.scale / SCALES[config.scale](1.0, pair.rank)
-
-
-def _record(
-    job: LinkJob, adapter: Adapter, progress: Progress, trained: int, without: float | None, handed_on: float | None
-) -> dict[str, Any]:
-    """The content of link.json, knot and file hashes apart; no time, host or path stands in it.
-
-    Args:
-        trained: numbers that trained in the modules; an encoder's head, the same in every method, is not counted.
-        without: validation loss of the chain before this link, where the policy asks for it.
-        handed_on: that of the merged model, where merging changes what was trained.
-    """
-    best = job.config.keep == "best"
-    loss = progress.best_loss if best else progress.losses[-1]["validation"]
-    assert loss is not None, "the last step is always validated"
-    as_trained, loss = loss, loss if handed_on is None else handed_on
-    return {
-        "link": len(job.chain),
-        "parent": {"link": job.chain[-1].number, "hash": job.chain[-1].hash},
-        "base": job.chain[0].record["base"],
-        "seed": job.seed,
-        "link_section": job.config.model_dump(),
-        "schedule_section": job.schedule.model_dump(),
-        "machine_section": job.machine.model_dump(),
-        "optimizer_state_at_start": "empty",
-        "steps": progress.step,
-        "kept_step": progress.best_step if best else progress.step,
-        "kept": without is None or loss < without,
-        "validation_before": without,
-        "validation_loss": loss,
-        "validation_loss_as_trained": as_trained,
-        "tokens": progress.tokens,
-        "probe_tokens": job.probe_tokens,
-        "ranks": {name: pair.rank for name, pair in adapter.pairs.items()},
-        "trainable_parameters": trained,
-    }

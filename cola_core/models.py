@@ -21,6 +21,7 @@ __all__ = [
     "adaptable",
     "as_matrix",
     "head_parameters",
+    "keeps_transposed",
     "load_base",
     "module_shapes",
     "place",
@@ -132,13 +133,18 @@ def head_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear map, whichever way its weight is stored (GPT-2's Conv1D keeps in x out)."""
     rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
-    return (int(columns), int(rows)) if isinstance(module, Conv1D) else (int(rows), int(columns))
+    return (int(columns), int(rows)) if keeps_transposed(module) else (int(rows), int(columns))
 
 
 def as_matrix(module: nn.Module, tensor: Tensor | None = None) -> Tensor:
     """The module's weight, or a tensor of its shape, as out x in."""
     found: Tensor = module.weight.detach() if tensor is None else tensor  # type: ignore[union-attr, operator]
-    return found.T if isinstance(module, Conv1D) else found
+    return found.T if keeps_transposed(module) else found
+
+
+def keeps_transposed(module: nn.Module) -> bool:
+    """Whether the weight is kept in x out, by GPT-2's Conv1D or what stands for it."""
+    return isinstance(module, Conv1D) or bool(getattr(module, "transposed", False))
 
 
 def _set_dropout(config: Any, probability: float) -> None:

@@ -46,7 +46,7 @@ def probe(
     objective: Objective,
     rows: Sequence[Row],
     modules: Modules,
-    earlier: Mapping[str, Sequence[Pair]],
+    earlier: Mapping[str, Sequence[Pair] | None],
     config: ProfileConfig,
     stream: tuple[int, int],
 ) -> Profile:
@@ -54,7 +54,7 @@ def probe(
 
     Args:
         objective: the merged model so far, frozen, without adapters.
-        earlier: module -> the pairs already merged into it, for the gap.
+        earlier: module -> the pairs already merged into it, for the gap; None where its weight was replaced.
         stream: (seed, link) of the random stream that A_max is drawn from.
 
     Raises:

@@ -40,7 +40,7 @@ class Reducer:
     def __init__(
         self,
         modules: Modules,
-        earlier: Mapping[str, Sequence[Pair]],
+        earlier: Mapping[str, Sequence[Pair] | None],
         config: ProfileConfig,
         stream: tuple[int, int],
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
@@ -13,6 +14,7 @@ from cola_core.axes.parametrisations import PARAMETRISATIONS, SCALES
 from cola_core.chain import pairs_by_module
 from cola_core.job import LinkJob
 from cola_core.models import adaptable, as_matrix, weight_shape
+from cola_core.quantisation import QuantisedLinear, quantise
 from cola_core.ranks import check_ranks
 from cola_core.seeds import of_layer
 
@@ -31,17 +33,22 @@ def first_pairs(model: PreTrainedModel, job: LinkJob) -> dict[str, First]:
         if rank:
             start = Start(
                 as_matrix(modules[name]), rank, SCALES[config.scale](config.alpha, rank), job.directions.get(name, {}),
-                earlier.get(name, []), job.seed, len(job.chain), name,
+                earlier.get(name, []), job.seed, len(job.chain), name, config.quantise,
             )  # fmt: skip
-            firsts[name] = initialise(start, config.initialiser)
+            firsts[name] = _stored(start, initialise(start, config.initialiser))
     return firsts
 
 
 def first_layers(model: PreTrainedModel, job: LinkJob, firsts: Mapping[str, First]) -> dict[str, LoRA]:
-    """Layers that start from `firsts`, around the modules of the placed model."""
+    """Layers that start from `firsts`, around the modules of the placed model, whose weights may be quantised."""
     config, dtype = job.config, BASES[job.machine.dtype].adapter
     form, scale = PARAMETRISATIONS[config.parametrisation.kind], SCALES[config.scale]
-    pairs = {n: Pair(f.a.to(dtype), f.b.to(dtype), scale(config.alpha, len(f.a))) for n, f in firsts.items()}
+    # Dense, as a checkpoint gives them back: how a factor is laid out decides how its products are summed (law 7).
+    factors = {n: (f.a.to(dtype).contiguous(), f.b.to(dtype).contiguous()) for n, f in firsts.items()}
+    pairs = {n: Pair(a, b, scale(config.alpha, len(a))) for n, (a, b) in factors.items()}
+    for name, first in firsts.items():
+        if first.base is not None:
+            model.set_submodule(name, QuantisedLinear(model.get_submodule(name), first.base))
     layers = attach(model, pairs, config.dropout, config.bias == "lora", form)
     for name, layer in layers.items():
         if firsts[name].kept:
@@ -49,3 +56,17 @@ def first_layers(model: PreTrainedModel, job: LinkJob, firsts: Mapping[str, Firs
         form.prepare(layer, config.parametrisation, of_layer(job.seed, len(job.chain), name))
     form.connect(layers, config.parametrisation)
     return layers
+
+
+def _stored(start: Start, first: First) -> First:
+    """What the link starts from with its base quantised: by the initialiser, or as it is (QLoRA; GoRA's QGoRA).
+
+    A step that the initialiser takes on purpose is no error; a pair that was chosen with its base makes up for it.
+    """
+    if start.store == "none":
+        return first
+    weight, base = start.weight.double(), first.base or quantise(start.weight, start.store)
+    missing = weight - base.dense().double()
+    if first.base is not None:
+        missing -= start.scale * first.b @ first.a
+    return replace(first, base=base, error=float(missing.norm() / weight.norm().clamp_min(1e-30)))

@@ -95,6 +95,10 @@ def _axes(context: Context, links: list[str]) -> dict[str, list[str]]:
         "parametrisation": [f"{link.parametrisation.kind}, {link.scale} scale" for link in tuned],
         "update": [link.update.kind for link in tuned],
         "schedule": [f"{schedule.kind}, learning rate {schedule.learning_rate}" for _ in links],
-        "base store": [machine.dtype for _ in links],
+        "base store": [_store(machine.dtype, link.quantise) for link in tuned],
         "probe": [profile.probe for profile in profiles],
     }
+
+
+def _store(dtype: str, quantise: str) -> str:
+    return dtype if quantise == "none" else f"{dtype}, {quantise} while it trains"

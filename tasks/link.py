@@ -45,8 +45,9 @@ def main(context: Context) -> Done:
     names = ("kept", "steps", "kept_step", "validation_loss", "tokens", "probe_tokens", "trainable_parameters")
     knot = {f"knot_{name}": record["knot"][name] for name in ("score_change", "merge_error_max")}
     metrics = {**{name: float(record[name]) for name in names}, **knot}
+    error = {f"start_error_{name}": value for name, value in record["start_error"].items()}
     series = {name: [[e["step"], e[name]] for e in result.losses if e[name] is not None] for name in CURVES}
-    return Done(metrics, list(inputs.values()), [out], [out / "losses.csv", out / "link.json"], series)
+    return Done({**metrics, **error}, list(inputs.values()), [out], [out / "losses.csv", out / "link.json"], series)
 
 
 def _inputs(context: Context) -> dict[str, Path]:

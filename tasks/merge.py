@@ -35,7 +35,7 @@ def main(context: Context) -> Done:
     chain = read_chain(last)
     with new_dir(ARTIFACTS / "merge") as folder:
         errors = _merge(chain, machine, folder / "checkpoint" if config.checkpoint else None)
-        if (config.flat_adapter or config.portable_adapter) and any(link.kept for link in chain[1:]):
+        if (config.flat_adapter or config.portable_adapter) and _has_adapter(chain):
             flat = flat_adapter(chain)
             if config.flat_adapter:
                 write_flat(folder / "flat_adapter", flat)
@@ -65,6 +65,18 @@ def _merge(chain: list[Link], machine: MachineConfig, checkpoint: Path | None) -
         _copy_tokenizer(checkpoint)
         drop_noise(checkpoint)
     return errors
+
+
+def _has_adapter(chain: list[Link]) -> bool:
+    """Whether an adapter of the base can give the chain's model; prints why not."""
+    if any(link.replaces_weights for link in chain[1:]):
+        print(
+            "merge: wrote the merged checkpoint alone: links trained on quantised weights put them in the place of the "
+            "base's, so no flat or portable adapter of the base gives the chain's model",
+            flush=True,
+        )
+        return False
+    return any(link.kept for link in chain[1:])
 
 
 def _copy_tokenizer(checkpoint: Path) -> None:

@@ -47,7 +47,7 @@ def main(context: Context) -> Done:
 
 def _passes(context: Context, config: Any, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Run the probe, and the inputs' pass if asked, on the chain so far; fills `found` and returns the directions."""
-    from cola_core.chain import pairs_by_module
+    from cola_core.chain import moved
     from cola_core.config.recipe import MachineConfig
     from cola_core.directions import activation_directions
     from cola_core.knot import open_chain
@@ -65,7 +65,7 @@ def _passes(context: Context, config: Any, found: dict[str, Any]) -> dict[str, d
     found |= {"examples": len(rows), "tokens": 0}
     directions: dict[str, dict[str, Any]] = {}
     if config.probe != "none":
-        result = probe(objective, rows, modules, pairs_by_module(chain), config, (context.value("seed"), len(chain)))
+        result = probe(objective, rows, modules, moved(chain), config, (context.value("seed"), len(chain)))
         directions = result.directions
         found |= {"loss": result.loss, "examples": result.examples, "tokens": result.tokens}
         for name, numbers in result.modules.items():
@@ -103,10 +103,9 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
     if found["probe"] == "none":
         return passed
     modules = found["modules"].values()
-    totals = {
-        "frank_wolfe_gap": sum(m["gap"] for m in modules),
-        "gap_valid_share": sum(m["gap_valid"] for m in modules) / len(modules),
-    }
+    totals = {"gap_valid_share": sum(m["gap_valid"] for m in modules) / len(modules)}
+    if all(m["gap"] is not None for m in modules):  # none of a module whose weight a link has replaced
+        totals["frank_wolfe_gap"] = sum(m["gap"] for m in modules)
     return {**passed, **totals}
 
 

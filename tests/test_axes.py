@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from cola_core.axes.allocators import ALLOCATORS, Allocation, Question, allocate
-from cola_core.axes.bases import BASES
+from cola_core.axes.bases import BASES, QUANTISERS
 from cola_core.axes.initialisers import INITIALISERS
 from cola_core.axes.parametrisations import PARAMETRISATIONS, SCALES
 from cola_core.axes.schedules import SCHEDULES, learning_rate_factor
@@ -53,6 +53,7 @@ def test_every_axis_offers_exactly_the_values_that_the_configuration_names() -> 
     assert set(SCALES) == set(get_args(recipe.Scale))
     assert set(SCHEDULES) == set(get_args(recipe.Schedule))
     assert set(BASES) == set(get_args(recipe.BaseStore))
+    assert {"none", *QUANTISERS} == set(get_args(recipe.Quantisation))
 
 
 @given(SHAPES)

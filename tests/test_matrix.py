@@ -33,6 +33,7 @@ AXES: dict[str, list[Any]] = {
     "link.initialiser": [
         *("kaiming", "random_b", {"kind": "gora", "gamma": 0.05}, GA, "eva"),
         *({"kind": "cora", "sisters": "chain"}, {"kind": "momentum", "momentum": 0.2}),
+        {"kind": "loftq", "iterations": 2},
     ],
     "link.parametrisation": [
         *("plain", "frozen_a", "frozen_b", {"kind": "gated", "start": "one"}),
@@ -52,6 +53,7 @@ AXES: dict[str, list[Any]] = {
         {"kind": "beam_lora", "every": 2, "share": 0.5, "schedule": "rising"},
         {"kind": "alora", "first": 1, "every": 1, "rounds": 1, "ranks": 3},
     ],
+    "link.quantise": ["none", "nf4", "nf2", "uniform4", "uniform2"],
     "schedule.kind": ["none", "cola"],
     "schedule.learning_rate": ["restart", "global", "jagged"],
     "machine.dtype": ["fp32", "bf16", "fp64"],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cola_core.draws import DRAWN, draw_a
+from cola_core.quantisation import Quantised, quantise
 from cola_core.seeds import derive
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Start:
 
     weight: W, out x in, in the master dtype; rank: r; scale: s; directions: what the link's own profile kept of the
     module (see `cola_core.directions`; `sketch`: S = G A_max^T, out x rows); earlier: the pairs that the chain has
-    merged into it; seed, link, module: its random stream.
+    merged into it; seed, link, module: its random stream; store: `link.quantise`.
     """
 
     weight: Tensor
@@ -36,6 +37,7 @@ class Start:
     seed: int
     link: int
     module: str
+    store: str = "none"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,12 +54,16 @@ class Start:
 class First:
     """The first A (r x in) and B (out x r), float64.
 
-    kept: whether the frozen weights give up s B A, so that the link starts from the function it was given.
+    kept: whether the frozen weights give up s B A, so that the link starts from the function it was given;
+    base: the quantised W, where the initialiser chose it together with the pair;
+    error: ||W - start|| / ||W||, what quantising takes from the weights that the link starts from.
     """
 
     a: Tensor
     b: Tensor
     kept: bool = False
+    base: Quantised | None = None
+    error: float = 0.0
 
 
 Initialiser = Callable[[Start, Any], First]
@@ -162,6 +168,37 @@ def momentum(start: Start, options: Any) -> First:
     return First(first.a, first.b, kept=bool(first.b.any()))
 
 
+def loftq(start: Start, options: Any) -> First:
+    """Q and a pair with Q + s B A near W (LoftQ, arXiv 2310.08659, Algorithm 1), out x in, float64.
+
+    T times: Q = quantise(W - L), L = the best approximation of W - Q of rank r, L = 0 before the first. The paper has
+    B = U S^1/2, A = S^1/2 V^T and needs s = 1; here each is divided by sqrt(s), so that s B A = L for every s.
+    """
+    weight = start.weight.double()
+    low = torch.zeros_like(weight)
+    for _ in range(options.iterations):
+        base = quantise(weight - low, start.store)
+        b, a = leading(weight - base.dense().double(), start.rank)
+        low = b @ a
+    root = math.sqrt(start.scale)
+    return First(a / root, b / root, base=base)
+
+
+def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B = U S^1/2 (out x r) and A = S^1/2 V^T (r x in) of the r largest singular values.
+
+    By the eigenvectors of the smaller Gram matrix, two to three times faster than all singular vectors. B A is the
+    matrix's projection on them, so what squaring costs them moves the error in second order alone.
+    """
+    if len(matrix) > matrix.shape[1]:
+        a, b = leading(matrix.T, rank)
+        return b.T, a.T
+    basis = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1)
+    core = basis.T @ matrix  # S V^T
+    root = core.norm(dim=1).sqrt()
+    return basis * root, core / root.clamp_min(torch.finfo(root.dtype).tiny)[:, None]
+
+
 INITIALISERS: dict[str, Initialiser] = {
     "kaiming": kaiming,
     "random_b": random_b,
@@ -170,4 +207,5 @@ INITIALISERS: dict[str, Initialiser] = {
     "eva": eva,
     "cora": cora,
     "momentum": momentum,
+    "loftq": loftq,
 }

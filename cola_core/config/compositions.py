@@ -46,6 +46,7 @@ REFUSALS = (
     _no(ALLOCATOR, "gora", PROBE, "none", "ranks come from the probe's gradient"),
     _no(INITIALISER, "gora", PROBE, "none", "B comes from the probe's gradient"),
     _no(INITIALISER, "lora_ga", PROBE, "none sampled", "A and B are singular vectors of the probe's whole gradients"),
+    _no(INITIALISER, "loftq", QUANTISE, "none", "its pair makes up for what quantising takes, here nothing"),
     _no(INITIALISER, "kaiming eva momentum", PARAMETRISATION, "frozen_b", "B starts at 0 and would stay there"),
     _no(INITIALISER, "random_b cora", PARAMETRISATION, "frozen_a", "A starts at 0 and would stay there"),
     _no(INITIALISER, STEPPING, PARAMETRISATION, SHORTCUTS, "its start would count in later blocks too"),

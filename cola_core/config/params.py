@@ -226,6 +226,9 @@ def _refused_outputs(params: Params, knot: Knot, source: ProfileConfig) -> list[
          "profile.activation_checkpointing with profile.probe 'sampled': it holds every module's input itself"),
         (params.merge.portable_adapter and params.fetch.model.kind == "encoder",
          "merge.portable_adapter with an encoder: its head is saved with the adapter, which servers refuse"),
+        (knot.link.quantise != "none" and not params.merge.checkpoint,
+         f"link.quantise {knot.link.quantise!r} with merge.checkpoint false: the link replaces weights of the base, so "
+         "that no adapter fits it and nothing would be left to hand on"),
         (knot.link.bias == "lora" and (params.merge.flat_adapter or params.merge.portable_adapter),
          "link.bias 'lora' with merge.flat_adapter or portable_adapter: PEFT's readers do not agree on biases"),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from cola_core.config.values import Allocator, Initialiser, Parametrisation, Pru
 __all__ = ["AllocateConfig", "LinkConfig", "MachineConfig", "ProfileConfig", "ScheduleConfig"]
 
 Scale = Literal["lora", "rslora"]
-Quantisation = Literal["none"]
+Quantisation = Literal["none", "nf4", "nf2", "uniform4", "uniform2"]
 Schedule = Literal["none", "cola"]
 BaseStore = Literal["fp32", "bf16", "fp64"]
 

@@ -83,7 +83,14 @@ class Momentum(Value):
     momentum: float = Field(gt=0, lt=1)
 
 
-Initialiser = Annotated[Random | Gora | LoraGa | Cora | Momentum, *Tagged]
+class Loftq(Value):
+    """iterations: alternating steps T between quantiser and pair."""
+
+    kind: Literal["loftq"]
+    iterations: int = Field(ge=1)
+
+
+Initialiser = Annotated[Random | Gora | LoraGa | Cora | Momentum | Loftq, *Tagged]
 
 
 class Factors(Value):

@@ -135,19 +135,13 @@ def _loading(facts: Facts) -> str:
     loader = CLASSES[facts.chain["base"]["kind"]]
     return f"""## Loading
 
-The flat adapter holds all links and fits the root base:
-
-```python
-from peft import PeftModel
-from transformers import {loader}
-
-base = {loader}.from_pretrained("artifacts/fetch/model")
-model = PeftModel.from_pretrained(base, "artifacts/merge/flat_adapter")
-```
+{_flat(facts, loader)}
 
 The merged checkpoint needs no PEFT:
 
 ```python
+from transformers import {loader}
+
 model = {loader}.from_pretrained("artifacts/merge/checkpoint")
 ```
 
@@ -158,6 +152,20 @@ import mlflow, pandas
 
 model = mlflow.pyfunc.load_model("models:/{facts.name}@challenger")
 model.predict(pandas.DataFrame({{"prompt": ["..."]}}))
+```"""
+
+
+def _flat(facts: Facts, loader: str) -> str:
+    if any(link.get("replaces_weights") for link in facts.chain["links"]):
+        return "There is no adapter of all links: some were trained on quantised weights, which replace the base's."
+    return f"""The flat adapter holds all links and fits the root base:
+
+```python
+from peft import PeftModel
+from transformers import {loader}
+
+base = {loader}.from_pretrained("artifacts/fetch/model")
+model = PeftModel.from_pretrained(base, "artifacts/merge/flat_adapter")
 ```"""
 
 
