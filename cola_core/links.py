@@ -7,7 +7,7 @@ by whoever opens the chain next; `tie_knot` proves beforehand that tying it chan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -62,8 +62,9 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
         raise
     scores = sample_scores(objective, job.validation[:KNOT_ROWS])
     adapter, progress = _adapter(model, job), training.progress
+    told = getattr(training.update, "record", _nothing)(progress.step, [link.record for link in job.chain[1:]])
     del objective, model, layers, training
-    record = _record(job, adapter, progress, without)
+    record = {**_record(job, adapter, progress, without), **told}
     return adapter, {**record, "knot": tie_knot(job, adapter, scores, record["kept"])}, progress
 
 
@@ -73,6 +74,11 @@ def _loss_without(objective: Objective, job: LinkJob, course: Course) -> float:
     if not math.isfinite(loss):
         raise not_finite("the validation loss of the chain without the link", course, 0)
     return loss
+
+
+def _nothing(steps: int, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What most updates add to link.json."""
+    return {}
 
 
 def _adapter(model: PreTrainedModel, job: LinkJob) -> Adapter:

@@ -9,12 +9,16 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
 from cola_core.adapters import LoRA
+from cola_core.axes.fedavg import FedAvg
 from cola_core.config.recipe import LinkConfig
 
 __all__ = ["UPDATES", "Update", "build_optimizer"]
 
 # What trains, in groups of one role (A, B, gate, bias, head), each with the modules' layers, the recipe -> an optimizer
-# with empty state.
+# with empty state. An optimizer whose step is not one gradient of one batch may also have
+#   plan(rows, course): what it reads in every step, by step; else batches of row indices from seeded epochs;
+#   collect(planned, read): sets every `grad` from as many calls of `read` as it needs; else one of all rows;
+#   record(steps, records of earlier links): what it adds to link.json.
 Groups = list[dict[str, Any]]
 Update = Callable[[Groups, Mapping[str, LoRA], LinkConfig], Optimizer]
 
@@ -37,7 +41,12 @@ def lora_plus(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) ->
     return AdamW(groups, **adam_settings(config))
 
 
-UPDATES: dict[str, Update] = {"adamw": adamw, "sgd": sgd, "lora_plus": lora_plus}
+def fedavg(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """Rounds of clients, arXiv 1602.05629."""
+    return FedAvg(groups, config)
+
+
+UPDATES: dict[str, Update] = {"adamw": adamw, "sgd": sgd, "lora_plus": lora_plus, "fedavg": fedavg}
 
 
 def adam_settings(config: LinkConfig) -> dict[str, Any]:

@@ -45,6 +45,8 @@ REFUSALS = (
     _no(INITIALISER, "kaiming", PARAMETRISATION, "frozen_b", "B would stay 0, and A without a gradient"),
     _no(INITIALISER, "random_b", PARAMETRISATION, "frozen_a", "A would stay 0, and B without a gradient"),
     _no(PARAMETRISATION, "frozen_a frozen_b", UPDATE, "lora_plus", "one factor alone trains, so there is no ratio"),
+    _no(PARAMETRISATION, "plain", UPDATE, "fedavg",
+        "both factors train, and the mean of the clients' products B A is not the product of their means"),
     _no(DTYPE, "bf16", DEVICE, "mps", "never tried on such a device"),
 )  # fmt: skip
 
