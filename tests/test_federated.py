@@ -561,5 +561,13 @@ def test_what_a_federation_cannot_do_is_one_line(others: dict[str, Any], told: s
     assert str(caught.value).startswith(f"params.yaml: {told}") and "\n" not in str(caught.value)
 
 
+def test_a_round_reads_a_batch_per_client_and_local_step(tmp_path: Path) -> None:
+    """What `cola plan` multiplies a step's work by."""
+    config = LinkConfig(**{**LINK.model_dump(), **changes(5, 4)})
+    job = job_of("llama", root_of("llama", tmp_path), **changes(5, 4))
+    assert config.update.batches == 20 == len([rows for steps in rounds_of(job)[0] for rows in steps])
+    assert LINK.update.batches == 1
+
+
 def test_the_rows_of_the_tests_have_answers_of_several_lengths() -> None:
     assert len({len(row.answer) for row in rows_of("llama", 16)}) > 1
