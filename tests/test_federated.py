@@ -486,8 +486,10 @@ def test_link_json_tells_every_clients_epsilon(tmp_path: Path) -> None:
 
 def test_a_missing_accountant_is_told_before_any_round(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    seen: list[Any] = []
     with pytest.raises(UserError, match=r"^link\.update\.privacy: opacus.*extra `privacy`: python -m pip install"):
-        run_link(job_of("llama", root_of("llama", tmp_path), **changes(privacy=PRIVATE)))
+        run_link(job_of("llama", root_of("llama", tmp_path), **changes(privacy=PRIVATE, steps=1)), seen.append)
+    assert seen == []
 
 
 def test_several_processes_are_refused(monkeypatch: Any) -> None:
