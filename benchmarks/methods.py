@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ import typer
 
 from benchmarks.setting import ROOT
 from cola_core.config.base import load_yaml
+from cola_core.config.compositions import REFUSALS, Refusal
 from cola_core.files import new_file, read_json
 from flows.child import quiet
 from flows.compose import choices, compose
 
 DATA, PAGE = ROOT.parent / "shared" / "data" / "sst2", ROOT / "docs/methods.md"
-BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
 STEPS, RATE = 240, 2e-3
 HEADINGS = (
     "recipe",
@@ -55,9 +54,22 @@ def every(only: list[str] | None = None) -> None:
         if done.returncode:
             raise SystemExit(f"{recipe}: {done.stderr.strip().splitlines()[-1]}")
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(_line(rows[-1]), flush=True)
+        print(*_cells(rows[-1]), sep="  ", flush=True)
     if only is None:
-        put_into(PAGE, rows)
+        put_into(PAGE, "methods", [HEADINGS, *(_cells(row) for row in rows)])
+
+
+@app.command()
+def refusals() -> None:
+    """Put what does not compose into docs/methods.md."""
+    put_into(PAGE, "refusals", [("one value", "with", "reason"), *map(refusal_cells, REFUSALS)])
+
+
+def refusal_cells(refusal: Refusal) -> tuple[str, str, str]:
+    """A refusal as three cells of the table."""
+    names = (", ".join(f"`{name}`" for name in sorted(values)) for values in (refusal.values, refusal.others))
+    one, two = (f"`{key}` {told}" for key, told in zip((refusal.key, refusal.other), names, strict=True))
+    return one, two, refusal.reason
 
 
 @app.command()
@@ -143,7 +155,7 @@ def _results(keys: list[str]) -> dict[str, Any]:
     }
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _cells(row: Mapping[str, Any]) -> list[str]:
     accuracy = row["scores"]["accuracy"]
     low, high = row["scores"]["accuracy_low"], row["scores"]["accuracy_high"]
     cells = [f"`{row['recipe']}`", row["links"], row["steps"], f"{row['trainable']:,}", f"{row['probe']:,}"]
@@ -153,15 +165,17 @@ def _line(row: Mapping[str, Any]) -> str:
         f"{row['loss']:.3f}",
         f"{accuracy:.3f} [{low:.3f}, {high:.3f}]",
     ]
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return list(map(str, cells))
 
 
-def put_into(page: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace what stands between the page's markers."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|", *map(_line, rows)]
-    pattern = re.compile(f"(?<={BEGIN}\n).*(?={END})", re.DOTALL)
-    text = pattern.sub("\n" + "\n".join(lines) + "\n\n", page.read_text(encoding="utf-8"))
+def put_into(page: Path, name: str, rows: Sequence[Sequence[str]]) -> None:
+    """Replace the table between two markers of `page`; the first row holds its headings."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    begin, end = (f"<!-- {name}:{side} -->" for side in ("begin", "end"))
+    before, rest = page.read_text(encoding="utf-8").split(begin)
     with new_file(page) as temporary:
+        text = "\n".join([before + begin, "", *lines, "", end + rest.split(end)[1]])
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ by whoever opens the chain next; `tie_knot` proves beforehand that tying it chan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cola_core.adapter_files import Adapter
@@ -48,14 +48,16 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
     if job.config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     layers = first_layers(model, job, firsts)
-    progress = _train(Training(objective, layers, job.train, job.validation, course), report)
+    training = Training(objective, layers, job.train, job.validation, course)
+    progress = _train(training, report)
+    told = getattr(training.update, "record", _nothing)(progress.step, [link.record for link in job.chain[1:]])
     scores = sample_scores(objective, job.validation[:KNOT_ROWS])
     trained = sum(p.numel() for _, role, p in trained_parameters(model, layers) if role != "head")
     adapter = adapter_of(model, layers, job, firsts)
-    del objective, model, layers
+    del objective, model, layers, training
     handed_on = None if exact(job.config) else mean_loss(merged(job, adapter), job.validation, job.config)
     record = record_of(job, adapter, progress, firsts, trained, without, handed_on)
-    return adapter, {**record, "knot": tie_knot(job, adapter, scores, record["kept"])}, progress
+    return adapter, {**record, **told, "knot": tie_knot(job, adapter, scores, record["kept"])}, progress
 
 
 def _train(training: Training, report: Report) -> Progress:
@@ -75,3 +77,8 @@ def _loss_without(objective: Objective, job: LinkJob, course: Course) -> float:
     if not math.isfinite(loss):
         raise not_finite("the validation loss of the chain without the link", course, 0)
     return loss
+
+
+def _nothing(steps: int, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What most updates add to link.json."""
+    return {}

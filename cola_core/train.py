@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from cola_core.checkpoints import Progress, load_checkpoint, random_state, save_
 from cola_core.health import Course, check_divergence, check_finite, not_finite
 from cola_core.interrupts import uninterrupted
 from cola_core.models import head_parameters
+from cola_core.optimizers.privacy import Reading
 from cola_core.rows import Row, order
 from cola_core.scoring import Objective, mean_loss
 from cola_core.seeds import derive
@@ -57,7 +57,7 @@ class Training:
         self.progress = load_checkpoint(kept, self.held, self.optimizer) if kept else Progress()
         self.progress.random = self.progress.random or random_state()
         self.kept = self._point()
-        self.plan = order(len(train), config.batch, config.steps, derive(course.seed, course.link, "data"))
+        self.plan = getattr(self.update, "plan", _epochs)(train, course)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Train to the end.
@@ -68,7 +68,7 @@ class Training:
         config, progress = self.course.config, self.progress
         while self._validation_due() or self._pruning_due() or self._step_due():
             if not self._validation_due() and not self._pruning_due():
-                self._step(progress.step, [self.train[i] for i in self.plan[progress.step]])
+                self._step(progress.step)
             if self._validation_due():
                 self._validate()
             if self._pruning_due():
@@ -125,16 +125,14 @@ class Training:
             progress.losses[-1]["validation"] = loss
             _keep_best(progress, loss, self.held)
 
-    def _step(self, step: int, rows: Sequence[Row]) -> None:
-        """One optimizer step over `rows`; the loss is normalised by the supervised units of the whole step."""
+    def _step(self, step: int) -> None:
+        """One optimizer step over what the plan reads; the loss is a mean over its supervised units."""
         config, accelerator, progress = self.course.config, self.accelerator, self.progress
         self.objective.train(config.dropout > 0 or config.base_dropout > 0 or config.activation_checkpointing)
         factor = learning_rate_factor(step, self.course.offset, self.course.schedule, config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        mine = rows[accelerator.process_index :: accelerator.num_processes]
-        with getattr(self.update, "around", nullcontext)():
-            mean, tokens = self._gradients(mine)
+        mean, tokens = getattr(self.update, "collect", _once)(self.plan[step], self._gradients)
         check_finite(mean, self.named, self.course, step + 1)
         if config.clip is not None:
             accelerator.clip_grad_norm_(list(self.named.values()), config.clip)
@@ -146,13 +144,17 @@ class Training:
             progress.step, progress.tokens, progress.random = step + 1, progress.tokens + tokens, random_state()
             progress.losses.append(event)
 
-    def _gradients(self, mine: Sequence[Row]) -> tuple[float, int]:
-        """Accumulate the gradient of the mean loss over this process's rows, group by group of similar length.
+    def _gradients(self, rows: Sequence[int]) -> tuple[float, int]:
+        """Accumulate the gradient of the mean loss over this process's part of `rows`, in groups of similar length.
+
+        Args:
+            rows: indices into the training rows.
 
         Returns:
-            mean loss and tokens of the whole step, over all processes.
+            mean loss and tokens of all `rows`, over all processes.
         """
         config, accelerator, objective = self.course.config, self.accelerator, self.objective
+        mine = [self.train[i] for i in rows[accelerator.process_index :: accelerator.num_processes]]
         groups = objective.groups(mine, config.micro_batch, config.micro_tokens)
         batches = [objective.training_batch([mine[i] for i in group]) for group in groups]
         counts = torch.tensor(
@@ -182,6 +184,16 @@ def trained_parameters(model: PreTrainedModel, layers: Mapping[str, LoRA]) -> It
     for name, parameter in head_parameters(model).items():
         parameter.requires_grad_(True)
         yield name, "head", parameter
+
+
+def _epochs(train: Sequence[Row], course: Course) -> list[list[int]]:
+    """Row indices of every step, for updates without a plan of their own."""
+    return order(len(train), course.config.batch, course.config.steps, derive(course.seed, course.link, "data"))
+
+
+def _once(rows: Sequence[int], read: Reading) -> tuple[float, int]:
+    """All rows of a step at once, for updates that collect nothing themselves."""
+    return read(rows)
 
 
 def _keep_best(progress: Progress, validation: float, held: Mapping[str, Tensor]) -> None:

@@ -87,7 +87,8 @@ def _link(key: str, params: Params, size: Sizes) -> Cost:
         params, size, "train", _limit(min(config.batch, config.micro_batch), config.micro_tokens, longest), longest=True
     )
     kept = activations(shape, batch, ranks, WIDTH[params.machine.dtype], checkpointing=checkpointing)
-    steps = config.steps * lora_step(shape, _work(params, size, "train", config.batch), ranks, checkpointing)
+    reads = config.steps * config.update.batches
+    steps = reads * lora_step(shape, _work(params, size, "train", config.batch), ranks, checkpointing)
     rows = _work(params, size, "validation", size.splits["validation"].rows)
     checked = math.ceil(config.steps / config.validate_every) * forward(shape, rows, ranks)
     before = forward(shape, rows) if config.keep_link == "if_better" else 0

@@ -42,6 +42,10 @@ def main(context: Context) -> Done:
             f"{record['validation_before']:.4f} without",
             flush=True,
         )
+    for number, client in enumerate(record.get("clients", []), start=1):
+        if "epsilon" in client:
+            told = f"epsilon {client['epsilon']:.3g} at delta {client['delta']:g}"
+            print(f"{context.stage}: client {number}, {client['rows']} rows: {told}", flush=True)
     names = ("kept", "steps", "kept_step", "validation_loss", "tokens", "probe_tokens", "trainable_parameters")
     knot = {f"knot_{name}": record["knot"][name] for name in ("score_change", "merge_error_max")}
     metrics = {**{name: float(record[name]) for name in names}, **knot}

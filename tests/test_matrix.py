@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.methods import refusal_cells
 from cola_core.config.compositions import REFUSALS, refused
 from cola_core.config.params import check_params
 from cola_core.config.recipe import LinkConfig, MachineConfig
@@ -46,6 +47,7 @@ AXES: dict[str, list[Any]] = {
         {"kind": "proximal", "threshold": 0.1, "rule": "soft", "l1": 0.0},
         *({"kind": "lora_pro", "mode": "efficient"}, {"kind": "lora_pro", "mode": "full"}),
         {"kind": "lora_rite", "skip": 1.0, "clip": 1.0, "cutoff": 0.01, "escape": False},
+        {"kind": "fedavg", "clients": 2, "local_steps": 2, "concentration": None, "privacy": None},
         *({"kind": "lora_ggpo", "sigma": 0.03, "beta": 0.01}, {"kind": "lora_mgpo", "rho": 0.05, "smoothing": 0.9}),
     ],
     "link.pruning": [
@@ -59,7 +61,8 @@ AXES: dict[str, list[Any]] = {
     "machine.dtype": ["fp32", "bf16", "fp64"],
     "profile.probe": ["none", "one_batch", "accumulate", "sampled"],
 }
-SMALL = {"profile.sketch": 8, "allocate.rank": 2, "allocate.r_min": 1, "allocate.r_max": 4, "link.steps": 2}
+SMALL = {"profile.sketch": 8, "allocate.rank": 2, "allocate.r_min": 1, "allocate.r_max": 4, "link.steps": 2,
+         "link.clip": None}  # fmt: skip
 NEEDS = {"gora": "sketch", "lora_ga": "gradient", "eva": "activations"}
 
 
@@ -177,6 +180,12 @@ def test_it_trains_merges_and_reloads(number: int, tmp_path: Path) -> None:
         scores = sample_scores(open_chain(job.base, chain, job.task, machine), job.validation[:8])
         assert torch.equal(scores, torch.tensor(chain[-1].record["knot"]["scores"], dtype=torch.float64)), choice
         assert chain[-1].record["trainable_parameters"] > 0
+
+
+def test_the_page_lists_exactly_what_is_refused() -> None:
+    page = (Path(__file__).parent.parent / "docs/methods.md").read_text()
+    table = page.split("<!-- refusals:begin -->")[1].split("<!-- refusals:end -->")[0].strip().splitlines()[2:]
+    assert table == ["| " + " | ".join(refusal_cells(refusal)) + " |" for refusal in REFUSALS]
 
 
 def test_two_values_that_cannot_compose_never_start() -> None:

@@ -611,9 +611,7 @@ def test_what_cannot_be_quantised_is_refused_and_what_can_is_not() -> None:
     for kind in QUANTISERS:
         check_params(settings_of(link__quantise=kind))
         check_params(settings_of(link__quantise=kind, link__initialiser=mine))
-    with pytest.raises(
-        UserError, match=r"link\.initialiser 'loftq' with link\.quantise 'none': .*here nothing"
-    ):
+    with pytest.raises(UserError, match=r"link\.initialiser 'loftq' with link\.quantise 'none': .*here nothing"):
         check_params(settings_of(link__initialiser=mine))
     with pytest.raises(UserError, match=r"link\.quantise 'nf4' with merge\.checkpoint false: .*nothing would be left"):
         check_params(settings_of(link__quantise="nf4", merge__checkpoint=False))

@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from cola_core.adapters import LoRA
 from cola_core.config.recipe import LinkConfig
 from cola_core.config.values import LoraPro, LoraRite
+from cola_core.optimizers.fedavg import FedAvg
 from cola_core.optimizers.lora_pro import MODES, Moments
 from cola_core.optimizers.lora_rite import Numbers, rite
 from cola_core.optimizers.pairwise import pairwise
@@ -20,7 +21,10 @@ from cola_core.optimizers.perturbed import Ggpo, Mgpo
 __all__ = ["UPDATES", "Update", "build_optimizer"]
 
 # What trains, in groups of one role (A, B, gate, bias, head), each with the modules' layers, the recipe -> an optimizer
-# with empty state.
+# with empty state. An optimizer whose step is not one gradient of one batch may also have
+#   plan(rows, course): what it reads in every step, by step; else batches of row indices from seeded epochs;
+#   collect(planned, read): sets every `grad` from as many calls of `read` as it needs; else one of all rows;
+#   record(steps, records of earlier links): what it adds to link.json.
 Groups = list[dict[str, Any]]
 Update = Callable[[Groups, Mapping[str, LoRA], LinkConfig], Optimizer]
 
@@ -81,6 +85,11 @@ def lora_rite(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) ->
     return pairwise(groups, layers, adam_settings(config), rite(numbers))
 
 
+def fedavg(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """Rounds of clients, arXiv 1602.05629."""
+    return FedAvg(groups, config)
+
+
 UPDATES: dict[str, Update] = {
     "adamw": adamw,
     "sgd": sgd,
@@ -91,6 +100,7 @@ UPDATES: dict[str, Update] = {
     "lora_mgpo": lora_mgpo,
     "lora_pro": lora_pro,
     "lora_rite": lora_rite,
+    "fedavg": fedavg,
 }
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from cola_core.config.base import Strict, parse
 from cola_core.config.compositions import OWN_PROFILE, SHORTCUTS, STEPPING, refused
+from cola_core.config.federation import refused_federation
 from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
 from cola_core.config.report import EvaluateConfig, MergeConfig, RegisterConfig
 from cola_core.config.task import FetchConfig, HeadConfig, PrepareConfig
@@ -147,7 +148,10 @@ def _check_composition(params: Params, key: str, knot: Knot) -> None:
     source = knot_of(params, params.chain[key].profile_from).profile
     if reason := refused(_values(params, knot, source)):
         raise UserError(f"params.yaml: chain.{key}: {reason}")
-    for wrong, reason in [*_refused_numbers(params, key, knot, source), *_refused_outputs(params, knot, source)]:
+    links = [knot_of(params, other).link for other in params.chain]
+    federated = refused_federation(knot.link, links, source, params.prepare.kind, params.fetch.model.kind)
+    numbers, outputs = _refused_numbers(params, key, knot, source), _refused_outputs(params, knot, source)
+    for wrong, reason in [*numbers, *outputs, *federated]:
         if wrong:
             raise UserError(f"params.yaml: chain.{key}: {reason}")
 

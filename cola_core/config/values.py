@@ -17,6 +17,11 @@ class Value(Strict):
 
     kind: str
 
+    @property
+    def batches(self) -> int:
+        """Batches of `link.batch` rows that one step of the link reads."""
+        return 1
+
 
 def _named(value: Any) -> Any:
     """A bare name is a value without numbers."""
@@ -202,7 +207,38 @@ class LoraRite(Value):
     escape: bool
 
 
-Update = Annotated[Adam | LoraPlus | Penalised | Proximal | Ggpo | Mgpo | LoraPro | LoraRite, *Tagged]
+class Privacy(Strict):
+    """Example-level differential privacy (DP-SGD).
+
+    max_norm: bound on one row's gradient over all that trains; noise: standard deviation of what is added to the sum,
+    over max_norm; delta: at which epsilon is told.
+    """
+
+    noise: float = Field(gt=0)
+    max_norm: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
+class FedAvg(Value):
+    """A step is a round: each of `clients` takes `local_steps` steps of SGD on rows of its own, the mean is kept.
+
+    concentration: null = rows are dealt out at random; a number = shares of every label by
+        Dirichlet, the smaller the more uneven.
+    """
+
+    kind: Literal["fedavg"]
+    clients: int = Field(ge=1)
+    local_steps: int = Field(ge=1)
+    concentration: float | None = Field(gt=0)
+    privacy: Privacy | None
+
+    @property
+    def batches(self) -> int:
+        """Every client's, in every local step."""
+        return self.clients * self.local_steps
+
+
+Update = Annotated[Adam | LoraPlus | Penalised | Proximal | Ggpo | Mgpo | LoraPro | LoraRite | FedAvg, *Tagged]
 
 
 class Whole(Value):

@@ -67,4 +67,5 @@ def _factors(optimizer: Optimizer, layers: Mapping[str, LoRA]) -> Iterator[Facto
     }
     for name, layer in layers.items():
         (a, rate), (b, _) = found[f"{name}.A"], found[f"{name}.B"]
-        yield Factors(a, b, layer.scale, rate)
+        if len(a):  # ALoRA may have taken every rank of a module away
+            yield Factors(a, b, layer.scale, rate)

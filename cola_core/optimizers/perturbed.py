@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import AdamW
 
 from cola_core.adapters import LoRA
 from cola_core.models import as_matrix
+from cola_core.optimizers.privacy import Reading
 
 __all__ = ["Ggpo", "Mgpo"]
 
@@ -30,6 +31,11 @@ class Ggpo(AdamW):
         super().__init__(groups, **settings)
         self.layers, self.sigma, self.beta = layers, sigma, beta
         self.rows = {name: float(as_matrix(layer.base).float().norm(dim=1).mean()) for name, layer in layers.items()}
+
+    def collect(self, rows: Sequence[int], read: Reading) -> tuple[float, int]:
+        """Gradients of the rows under noise."""
+        with self.around():
+            return read(rows)
 
     @contextmanager
     def around(self) -> Iterator[None]:
@@ -69,6 +75,11 @@ class Mgpo(AdamW):
     def __init__(self, groups: Any, rho: float, smoothing: float, **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.rho, self.smoothing = rho, smoothing
+
+    def collect(self, rows: Sequence[int], read: Reading) -> tuple[float, int]:
+        """Gradients of the rows where the momentum leads."""
+        with self.around():
+            return read(rows)
 
     @contextmanager
     def around(self) -> Iterator[None]:
