@@ -67,5 +67,7 @@ def _factors(optimizer: Optimizer, layers: Mapping[str, LoRA]) -> Iterator[Facto
     }
     for name, layer in layers.items():
         (a, rate), (b, _) = found[f"{name}.A"], found[f"{name}.B"]
-        if len(a):  # ALoRA may have taken every rank of a module away
+        if len(a):
             yield Factors(a, b, layer.scale, rate)
+        else:  # ALoRA took every rank of the module away: nothing is left to step
+            a.grad = b.grad = None
