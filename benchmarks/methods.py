@@ -21,8 +21,8 @@ from typing import Any
 import typer
 
 from benchmarks.setting import ROOT
-from cola_core.config.base import load_yaml
 from cola_core.config.compositions import REFUSALS, Refusal
+from cola_core.config.reading import load_yaml
 from cola_core.files import new_file, read_json
 from flows.child import quiet
 from flows.compose import choices, compose

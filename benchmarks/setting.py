@@ -15,8 +15,8 @@ from cola_core.adapters import LoRA, Pair, attach
 from cola_core.assets.base import base_folder
 from cola_core.assets.references import opened
 from cola_core.axes.parametrisations import SCALES
-from cola_core.config.base import load_yaml
 from cola_core.config.params import Params, check_params
+from cola_core.config.reading import load_yaml
 from cola_core.config.recipe import LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
 from cola_core.data.encode import Codec, encode
 from cola_core.data.examples import read_examples

@@ -14,8 +14,9 @@ from cola_core.files import read_json, write_json
 
 __all__ = ["damaged", "read_sealed", "write_sealed"]
 
-# What reads and writes each kind now. 1 was written before formats had numbers (version 0.1).
-FORMATS = {"base": 2, "chain": 2, "files": 2, "link": 2, "manifest": 2, "profile": 2, "ranks": 2}
+# What reads and writes each kind now. 1 was written before formats had numbers (version 0.1); 3 since a link may hold
+# coefficients or replace weights (version 0.3).
+FORMATS = {"base": 2, "chain": 3, "files": 2, "link": 3, "manifest": 2, "profile": 3, "ranks": 2}
 FORMATS |= {"record": 2, "registration": 2, "serve": 2, "task": 2}
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cola_core.assets.cache import cache_root
-from cola_core.config.base import load_yaml, read_yaml
 from cola_core.config.params import Params, check_params
+from cola_core.config.reading import load_yaml, read_yaml
 from cola_core.errors import UserError, suggest
 from cola_core.files import scratch
 from cola_core.secrets import is_secret

@@ -15,7 +15,7 @@ from cola_core.arithmetic.flops import forward, knot, lora_step, probe, sampled_
 from cola_core.arithmetic.memory import ADAM, activations, knot_bytes, logits_bytes, probe_bytes, sampled_bytes
 from cola_core.arithmetic.shape import Work
 from cola_core.config.params import Params, knot_of
-from cola_core.config.recipe import ProfileConfig
+from cola_core.config.recipe import LinkConfig, ProfileConfig
 from cola_core.rows import PACKABLE
 from cola_core.targets import select_targets
 from flows.sizes import Sizes
@@ -78,7 +78,8 @@ def _link(key: str, params: Params, size: Sizes) -> Cost:
     """Training steps, a forward over the validation rows at every validation (and without the link), and the knot."""
     config = knot_of(params, key).link
     ranks, shape = reference_ranks(key, params, size), size.shape
-    trainable = sum(rank * sum(shape.modules[name]) for name, rank in ranks.items())
+    trained = TRAINED.get(config.parametrisation.kind, TRAINED["plain"])
+    trainable = sum(trained(config, rank, *shape.modules[name]) for name, rank in ranks.items())
     if "train" not in size.splits:
         return Cost(trainable, None, _memory(params, size, ADAM * trainable))
     checkpointing = config.activation_checkpointing
@@ -94,6 +95,17 @@ def _link(key: str, params: Params, size: Sizes) -> Cost:
     before = forward(shape, rows) if config.keep_link == "if_better" else 0
     flops = steps + checked + before + knot(shape, ranks)
     return Cost(trainable, flops, _memory(params, size, ADAM * trainable + kept + logits_bytes(shape, batch)))
+
+
+# Numbers that train in a module: the recipe's link, r, out, in.
+TRAINED: dict[str, Callable[[LinkConfig, int, int, int], int]] = {
+    "plain": lambda config, rank, out, inner: rank * (out + inner),
+    "frozen_a": lambda config, rank, out, inner: rank * out,
+    "frozen_b": lambda config, rank, out, inner: rank * inner,
+    "gated": lambda config, rank, out, inner: rank * (out + inner + 1),
+    "softmax_gated": lambda config, rank, out, inner: rank * (out + inner + 1),
+    "nola": lambda config, rank, out, inner: 2 * config.parametrisation.bases,  # type: ignore[union-attr]
+}
 
 
 def _merge(_: str, params: Params, size: Sizes) -> Cost:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cola_core.config.base import read_yaml
 from cola_core.config.params import check_chain
+from cola_core.config.reading import read_yaml
 from cola_core.errors import UserError
 from flows.project import project
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cola_core.config.base import load_yaml
 from cola_core.config.params import check_params
+from cola_core.config.reading import load_yaml
 from cola_core.config.task import PrepareConfig
 from cola_core.errors import UserError
 from cola_core.files import read_json

@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.states import Completed, Failed
 from pydantic import WithJsonSchema
 
-from cola_core.config.base import load_yaml
+from cola_core.config.reading import load_yaml
 from cola_core.errors import RetryError, UserError, system_told
 from cola_core.secrets import mask
 from flows.about import about

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cola_core.arithmetic.flops import lora_step
-from cola_core.config.base import read_yaml
 from cola_core.config.params import Params, check_params, knot_of
+from cola_core.config.reading import read_yaml
 from flows.child import quiet
 from flows.cost import Cost, cost, reference_ranks
 from flows.graph import Fate, plan, stages
@@ -71,7 +71,32 @@ def make_plan(root: Path, timed: bool = True) -> Plan:
         _line(stage.name, fates[stage.name], cost(stage.task, stage.key, params, size) if size else None, speed)
         for stage in stages(root)
     ]
-    return Plan(lines, list(_unknown(size, busy if timings else 0.0, timed)), timings)
+    unknown = [*_unknown(size, busy if timings else 0.0, timed), *_uncounted(params)]
+    return Plan(lines, unknown, timings)
+
+
+def _uncounted(params: Params) -> Iterator[str]:
+    """Values of the axes whose own work and memory the formulas leave out."""
+    found: dict[str, None] = {}
+    for key in params.chain:
+        knot = knot_of(params, key)
+        for name, counted in COUNTED.items():
+            value = getattr(knot.link, name) if name != "allocator" else knot.allocate.allocator
+            kind = value if isinstance(value, str) else value.kind
+            found |= {kind: None} if kind not in counted else {}
+    if found:
+        yield f"{', '.join(found)}: counted as LoRA with AdamW at the reference rank; their own work comes on top"
+
+
+# What the formulas count, or what is nothing beside it.
+COUNTED = {
+    "allocator": ("uniform", "gora", "eva"),
+    "initialiser": ("kaiming", "random_b", "gora", "eva", "cora"),
+    "parametrisation": ("plain", "frozen_a", "frozen_b", "gated", "softmax_gated"),
+    "update": ("adamw", "sgd", "lora_plus", "penalised", "proximal", "fedavg"),
+    "pruning": ("none",),
+    "quantise": ("none",),
+}
 
 
 def _speed(params: Params, size: Sizes, timing: Timing) -> float:

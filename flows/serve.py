@@ -6,7 +6,8 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from cola_core.config.base import load_yaml, parse
+from cola_core.config.base import parse
+from cola_core.config.reading import load_yaml
 from cola_core.config.recipe import MachineConfig
 from flows.child import quiet
 from flows.slots import pool_size

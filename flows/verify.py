@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from cola_core.config.base import read_yaml
 from cola_core.config.params import check_params
+from cola_core.config.reading import read_yaml
 from cola_core.errors import UserError
 from flows.child import quiet
 from flows.project import project

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cola_core.config.base import Strict, parse, read_yaml
+from cola_core.config.base import Strict, parse
+from cola_core.config.reading import read_yaml
 from cola_core.errors import UserError
 
 __all__ = ["Context", "Done", "open_context"]

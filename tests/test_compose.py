@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from miniature import REPOSITORY, git
 
 from cola_core.assets.tiny import build_tiny
-from cola_core.config.base import load_yaml
 from cola_core.config.params import check_params
+from cola_core.config.reading import load_yaml
 from cola_core.errors import UserError
 from cola_core.models import module_shapes
 from cola_core.targets import select_targets

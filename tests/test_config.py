@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from cola_core.config.base import load_yaml, read_yaml
 from cola_core.config.params import check_params
+from cola_core.config.reading import load_yaml, read_yaml
 from cola_core.errors import UserError, suggest
 
 PARAMS = yaml.safe_load((Path(__file__).parent.parent / "params.yaml").read_text())

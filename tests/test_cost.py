@@ -15,8 +15,8 @@ from benchmarks.paper import PAGE, SETTINGS, placed
 from cola_core import gap
 from cola_core.arithmetic.flops import ROUNDS, forward
 from cola_core.arithmetic.shape import Work
-from cola_core.config.base import read_yaml
 from cola_core.config.params import Params, check_params
+from cola_core.config.reading import read_yaml
 from cola_core.errors import UserError
 from cola_core.evaluation.answers import answer
 from cola_core.knot import KNOT_ROWS, open_chain
@@ -26,6 +26,7 @@ from cola_core.rows import Row
 from cola_core.sealed import write_sealed
 from cola_core.split_files import write_rows
 from flows.cost import cost, reference_ranks
+from flows.plan import _uncounted
 from flows.sizes import Sizes, sizes
 from tests.lab import CANDIDATES, FP32, LINK, PROFILE, base_of, job_of, root_of, task_of
 
@@ -195,3 +196,21 @@ def test_the_page_has_the_tables_that_the_formulas_give() -> None:
     seven = SETTINGS[0]
     assert seven.weights == 6_738_415_616  # Llama-2-7B's own count
     assert SETTINGS[1].weights == 70_553_706_496  # Llama-3-70B's
+
+
+def test_what_trains_in_a_form_is_counted_as_a_link_counts_it(root: Path, tmp_path: Path) -> None:
+    forms = ["plain", "frozen_a", {"kind": "softmax_gated", "temperature": 0.1}, {"kind": "nola", "bases": 5}]
+    for number, form in enumerate(forms):
+        params = setting(link={**LINK.model_dump(), "parametrisation": form})
+        said, ranks = cost("link", "1", params, known(root)), reference_ranks("1", params, known(root))
+        job = job_of(
+            "llama", root_of("llama", tmp_path / str(number)), FP32, parametrisation=form, steps=1, ranks=ranks
+        )
+        assert said is not None and said.trainable == run_link(job)[1]["trainable_parameters"]
+
+
+def test_values_whose_own_work_is_left_out_are_named() -> None:
+    assert list(_uncounted(setting())) == []
+    link = {**LINK.model_dump(), "update": {"kind": "lora_pro", "mode": "full"}, "quantise": "nf4"}
+    (told,) = _uncounted(setting(link=link))
+    assert told.startswith("lora_pro, nf4: counted as LoRA with AdamW")

@@ -23,7 +23,7 @@ from cola_core.axes.updates import build_optimizer
 from cola_core.config.compositions import refused
 from cola_core.config.params import check_params
 from cola_core.config.recipe import LinkConfig
-from cola_core.config.values import Privacy
+from cola_core.config.training_values import Privacy
 from cola_core.errors import UserError
 from cola_core.health import Course
 from cola_core.knot import open_chain

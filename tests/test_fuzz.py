@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cola_core.checksums import seal_folder
-from cola_core.config.base import load_yaml, parse
+from cola_core.config.base import parse
 from cola_core.config.params import check_params
+from cola_core.config.reading import load_yaml
 from cola_core.config.task import PrepareConfig
 from cola_core.data.tables import read_table
 from cola_core.data.templates import template

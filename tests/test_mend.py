@@ -19,7 +19,7 @@ from miniature import ran, weather
 from test_workspace import TITLE, _dvc_repro, _params, project  # noqa: F401
 
 from cola_core.assets.cache import cache_root
-from cola_core.config.base import load_yaml
+from cola_core.config.reading import load_yaml
 from cola_core.files import scratch
 from flows.mend import mend
 from flows.project import project as opened_project

@@ -22,7 +22,7 @@ from cola_core.axes.updates import build_optimizer
 from cola_core.chain import write_link
 from cola_core.config.params import check_params
 from cola_core.config.recipe import LinkConfig
-from cola_core.config.values import LoraPro
+from cola_core.config.training_values import LoraPro
 from cola_core.errors import UserError
 from cola_core.lineage import read_chain
 from cola_core.links import run_link

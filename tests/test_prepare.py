@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from cola_core.assets.tiny import build_tiny
 from cola_core.checksums import checksum, seal_folder
-from cola_core.config.base import parse, read_yaml
+from cola_core.config.base import parse
+from cola_core.config.reading import read_yaml
 from cola_core.config.task import PrepareConfig
 from cola_core.data.inspection import inspect_file
 from cola_core.errors import UserError

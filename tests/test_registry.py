@@ -22,7 +22,7 @@ from cola_core.adapters import Pair
 from cola_core.assets.base import base_folder, find_base
 from cola_core.chain import head_of, write_link
 from cola_core.checksums import seal_folder
-from cola_core.config.base import read_yaml
+from cola_core.config.reading import read_yaml
 from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
 from cola_core.files import read_json, write_json

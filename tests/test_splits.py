@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cola_core.config.base import parse, read_yaml
+from cola_core.config.base import parse
+from cola_core.config.reading import read_yaml
 from cola_core.config.task import PrepareConfig
 from cola_core.data.examples import Example, read_examples
 from cola_core.data.splits import Duplicates, split

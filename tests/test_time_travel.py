@@ -1,4 +1,4 @@
-"""What version 0.1 wrote, in tests/v0_1 as it left it, is read or refused by its format with the way out."""
+"""What versions 0.1 and 0.2 wrote, as they left it in tests/v0_1 and v0_2, is read or refused with the way out."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.nn import Parameter
 
 from cola_core.checkpoints import load_checkpoint
 from cola_core.checksums import check_files
-from cola_core.config.base import read_yaml
 from cola_core.config.params import check_params
+from cola_core.config.reading import read_yaml
 from cola_core.errors import UserError
 from cola_core.lineage import read_chain
 from cola_core.root import check_base
@@ -26,7 +26,7 @@ from cola_core.sealed import FORMATS, read_sealed
 from tasks.places import main_checkout
 from tasks.sync import _read, sync
 
-OLD = Path(__file__).parent / "v0_1"
+OLD, BEFORE = Path(__file__).parent / "v0_1", Path(__file__).parent / "v0_2"
 REFUSED: dict[str, Callable[[], Any]] = {
     "link": lambda: read_chain(OLD / "links/1/adapter"),
     "chain": lambda: read_sealed(OLD / "chain.json", "chain"),
@@ -78,11 +78,30 @@ def test_a_record_of_the_version_before_is_posted(tmp_path: Path, monkeypatch: p
 
 
 def test_parameters_of_the_version_before_name_the_key_that_is_new() -> None:
-    with pytest.raises(UserError, match=r"profile\.directions: missing; conf/ has its default"):
+    with pytest.raises(UserError, match=r"fetch\.sisters: missing; conf/ has its default"):
         check_params(read_yaml(OLD / "params.yaml"))
 
 
 def test_the_version_moves_with_the_formats() -> None:
-    """Formats may only change where the version does: this table is what 0.2 reads."""
+    """Formats may only change where the version does: this table is what 0.3 reads."""
     project = tomllib.loads((OLD.parents[1] / "pyproject.toml").read_text())["project"]
-    assert project["version"].startswith("0.2.") and set(FORMATS.values()) == {2}
+    changed = {kind for kind, number in FORMATS.items() if number == 3}
+    assert project["version"].startswith("0.3.") and changed == {"chain", "link", "profile"}
+    assert {number for kind, number in FORMATS.items() if kind not in changed} == {2}
+
+
+@pytest.mark.parametrize("kind", ["chain", "link", "profile"])
+def test_what_version_0_2_wrote_is_refused_by_its_format_where_that_has_changed(kind: str) -> None:
+    read = {
+        "chain": lambda: read_sealed(BEFORE / "chain.json", "chain"),
+        "link": lambda: read_chain(BEFORE / "links/1/adapter"),
+        "profile": lambda: read_sealed(BEFORE / "profile/profile.json", "profile"),
+    }
+    with pytest.raises(UserError, match=rf"{kind} format 2, and this version of cola reads 3; `dvc repro` makes it"):
+        read[kind]()
+
+
+def test_what_version_0_2_wrote_is_read_where_it_has_not() -> None:
+    assert read_sealed(BEFORE / "ranks.json", "ranks")["ranks"]
+    with pytest.raises(UserError, match=r"fetch\.sisters: missing; conf/ has its default"):
+        check_params(read_yaml(BEFORE / "params.yaml"))

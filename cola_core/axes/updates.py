@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from cola_core.adapters import LoRA
 from cola_core.config.recipe import LinkConfig
-from cola_core.config.values import LoraPro, LoraRite
+from cola_core.config.training_values import LoraPro, LoraRite
 from cola_core.optimizers.fedavg import FedAvg
 from cola_core.optimizers.lora_pro import MODES, Moments
 from cola_core.optimizers.lora_rite import Numbers, rite

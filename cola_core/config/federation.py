@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cola_core.config.recipe import LinkConfig, ProfileConfig
-from cola_core.config.values import FedAvg
+from cola_core.config.training_values import FedAvg
 
 __all__ = ["refused_federation"]
 

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cola_core.config.base import Strict
-from cola_core.config.values import Allocator, Initialiser, Parametrisation, Pruning, Update
+from cola_core.config.training_values import Pruning, Update
+from cola_core.config.values import Allocator, Initialiser, Parametrisation
 
 __all__ = ["AllocateConfig", "LinkConfig", "MachineConfig", "ProfileConfig", "ScheduleConfig"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 from torch.optim import SGD, Optimizer
 
-from cola_core.config.values import FedAvg as Options
+from cola_core.config.training_values import FedAvg as Options
 from cola_core.errors import UserError
 from cola_core.interrupts import uninterrupted
 from cola_core.optimizers.privacy import Reading, check_accountant, epsilon, private_gradient

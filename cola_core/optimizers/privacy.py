@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import Parameter
 
-from cola_core.config.values import Privacy
+from cola_core.config.training_values import Privacy
 from cola_core.errors import UserError
 
 __all__ = ["Reading", "check_accountant", "epsilon", "private_gradient"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from cola_core.config.base import read_yaml
+from cola_core.config.reading import read_yaml
 from tests.chaos.triggers import ANY, Trigger, somewhere, trigger
 from tests.tiny import environment
 

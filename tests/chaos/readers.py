@@ -21,8 +21,8 @@ from safetensors import deserialize
 from cola_core.adapter_files import Adapter, read_adapter, write_adapter
 from cola_core.chain import head_of
 from cola_core.checkpoints import Progress, load_checkpoint
-from cola_core.config.base import load_yaml, read_yaml
 from cola_core.config.params import check_params
+from cola_core.config.reading import load_yaml, read_yaml
 from cola_core.lineage import ADAPTER, Link, check_manifest, read_chain, read_manifest
 from cola_core.ranks import check_ranks
 from cola_core.sealed import read_sealed

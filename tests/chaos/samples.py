@@ -18,7 +18,7 @@ from cola_core.adapter_files import Adapter, write_adapter
 from cola_core.adapters import Pair
 from cola_core.chain import write_link
 from cola_core.checkpoints import Progress, random_state, save_checkpoint
-from cola_core.config.base import load_yaml
+from cola_core.config.reading import load_yaml
 from cola_core.export import chain_manifest
 from cola_core.files import new_dir
 from cola_core.lineage import Link, read_chain
