@@ -3,6 +3,7 @@
 # make audit  the lock against the databases of known vulnerabilities
 # make chaos  200 kills, 1,000 spoilt files of every kind and a guided search for worse ones: one to two hours
 # make bench  time and memory beside the peers, 15 to 25 minutes on 2 cores (QUICK=1: 5, no table; ONLY=curves: that part again)
+# make methods  every recipe on a real model for a minute or less, into docs/methods.md
 # Elsewhere:  make run PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cu130   (empty: PyPI's own build)
 
 PYTHON ?= python3.11
@@ -29,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: run test chaos lint audit bench setup clean
+.PHONY: run test chaos lint audit bench methods setup clean
 .DEFAULT_GOAL := run
 
 run: setup
@@ -65,6 +66,9 @@ audit:
 
 bench: setup
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(foreach part,$(ONLY),--only $(part))
+
+methods: setup
+	$(BIN)/python -m benchmarks.methods every
 
 setup: $(READY)
 

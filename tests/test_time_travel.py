@@ -78,7 +78,7 @@ def test_a_record_of_the_version_before_is_posted(tmp_path: Path, monkeypatch: p
 
 
 def test_parameters_of_the_version_before_name_the_key_that_is_new() -> None:
-    with pytest.raises(UserError, match=r"fetch\.sisters: missing; conf/ has its default"):
+    with pytest.raises(UserError, match=r"profile\.directions: missing; conf/ has its default"):
         check_params(read_yaml(OLD / "params.yaml"))
 
 
@@ -103,5 +103,5 @@ def test_what_version_0_2_wrote_is_refused_by_its_format_where_that_has_changed(
 
 def test_what_version_0_2_wrote_is_read_where_it_has_not() -> None:
     assert read_sealed(BEFORE / "ranks.json", "ranks")["ranks"]
-    with pytest.raises(UserError, match=r"fetch\.sisters: missing; conf/ has its default"):
+    with pytest.raises(UserError, match=r"profile\.directions: missing; conf/ has its default"):
         check_params(read_yaml(BEFORE / "params.yaml"))

@@ -56,12 +56,13 @@ class DataConfig(Strict):
 class FetchConfig(Strict):
     """Section `fetch`.
 
-    sisters: models trained from the same base, by a name of the user's, whose changes have a subspace in common (CoRA).
+    sisters: models trained from the same base, by a name of the user's, whose changes have a subspace in common (CoRA);
+        none unless asked for.
     """
 
     model: ModelConfig
     data: DataConfig
-    sisters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], AssetConfig]
+    sisters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], AssetConfig] = Field(default={})
 
 
 class PrepareConfig(Strict):
