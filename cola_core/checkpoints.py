@@ -35,10 +35,10 @@ class Progress:
     best_step: int = 0
     best_loss: float | None = None
     waiting: int = 0
-    rounds: int = 0
     losses: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     random: dict[str, Tensor] = field(default_factory=dict)
+    rounds: int = 0
 
 
 Named = Mapping[str, Tensor]

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 DAMAGED = {
     "adapter": "artifacts/links/1/adapter/adapter_model.safetensors",
-    "profile": "artifacts/links/2/profile/sketch.safetensors",
+    "profile": "artifacts/links/2/profile/directions.safetensors",
     "split": "artifacts/prepare/train.arrow",
     "chain": "artifacts/merge/chain.json",
     "base": "artifacts/fetch/model/model.safetensors",
