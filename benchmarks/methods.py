@@ -22,7 +22,7 @@ import typer
 
 from benchmarks.setting import ROOT
 from cola_core.config.compositions import REFUSALS, Refusal
-from cola_core.config.reading import load_yaml
+from cola_core.config.reading import load_yaml, read_yaml
 from cola_core.files import new_file, read_json
 from flows.child import quiet
 from flows.compose import choices, compose
@@ -91,13 +91,21 @@ def overrides(recipe: str) -> Iterator[str]:
     for name, file in (("train", "train.tsv"), ("test", "test.tsv")):
         yield f"fetch.data.{name}.asset=path:{DATA / file}"
         yield f"fetch.data.{name}.sha256=null"
-    yield from (f"schedule.horizon={STEPS}", "targets=all", f"link.learning_rate={RATE}", "link.validate_every=40")
-    yield from ("prepare.validation=200", "merge.checkpoint=true", "evaluate.prefixes=false")
-    yield from OVERRIDES.get(recipe, ())
+    link = read_yaml(ROOT / f"conf/method/{recipe}.yaml").get("link", {})
+    steps = STEPS // ROUND if "fedavg" in str(link.get("update")) else STEPS
+    yield from (f"schedule.horizon={steps}", "targets=all", "evaluate.prefixes=false", "prepare.validation=200")
+    yield f"link.validate_every={max(1, steps // 6)}"
+    if "learning_rate" not in link:
+        yield f"link.learning_rate={RATE}"
+    yield from ROUNDS.get(recipe, ())
 
 
-# SGD knows no scale of its own.
-OVERRIDES: dict[str, tuple[str, ...]] = {}
+ROUND = 12  # batches of a round of ffa_lora_federated: as many are read as by other recipes
+# Rounds inside a link, as often as in the recipes' own short links.
+ROUNDS = {
+    "beam_lora": ("link.pruning.every=40",),
+    "alora": ("link.pruning.first=60", "link.pruning.every=60"),
+}
 
 
 def measured(recipe: str) -> dict[str, Any]:

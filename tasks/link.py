@@ -71,7 +71,6 @@ def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]
     """Read everything that decides the link; what is left open is where its resume state is kept."""
     from functools import partial
 
-    from cola_core.config.compositions import OWN_PROFILE
     from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
     from cola_core.job import LinkJob
     from cola_core.lineage import read_chain
@@ -90,7 +89,7 @@ def _job(context: Context, inputs: dict[str, Path]) -> Callable[[Path], LinkJob]
         config,
         context.value("seed"),
         read_sealed(inputs["ranks"], "ranks").get("ranks", {}),
-        _directions(inputs["profile"]) if config.initialiser.kind in OWN_PROFILE else {},
+        _directions(inputs["profile"]),
         read_rows(inputs["train"]),
         read_rows(inputs["validation"]),
         probe_tokens=_probe_tokens(context, inputs["profile"]),
@@ -111,8 +110,9 @@ def _directions(profile: Path) -> dict[str, dict[str, Any]]:
     from cola_core.tensors import load_tensors
 
     check_files(profile)
+    file = profile / "directions.safetensors"
     found: dict[str, dict[str, Any]] = {}
-    for name, tensor in load_tensors(profile / "directions.safetensors").items():
+    for name, tensor in load_tensors(file).items() if file.exists() else ():
         module, _, what = name.rpartition("/")
         found.setdefault(module, {})[what] = tensor
     return found
