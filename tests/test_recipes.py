@@ -10,6 +10,7 @@ import torch
 import yaml
 from peft import PeftModel
 
+from cola_core.adapter_files import read_adapter
 from cola_core.chain import write_link
 from cola_core.errors import UserError
 from cola_core.export import flat_adapter, write_flat
@@ -44,6 +45,8 @@ def grown(recipe: str, chain: list[Link], folder: Path) -> list[Link]:
     assert min(losses[-3:]) < losses[0], "it learned nothing"
     path = folder / f"links/{len(chain)}/adapter"
     write_link(path, adapter, record, {})
+    for name, pair in read_adapter(path).pairs.items():
+        assert pair.scale == pytest.approx(adapter.pairs[name].scale), "PEFT's alpha and rank give the scale back"
     return read_chain(path)
 
 
