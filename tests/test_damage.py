@@ -123,13 +123,13 @@ def test_a_sealed_file_reads_as_it_was_written(tmp_path: Path) -> None:
     assert again.read_bytes() == (tmp_path / "a.json").read_bytes()
 
 
-@pytest.mark.parametrize("found", [1, 3, "2", None])
+@pytest.mark.parametrize("found", [1, 4, "3", None])
 def test_another_format_is_refused_with_the_way_out(found: Any, tmp_path: Path) -> None:
     path = tmp_path / "chain.json"
     write_sealed(path, "chain", {})
     content = read_json(path)
     write_json(path, {**content, "format": found} if found != 1 else {"hash": "of version 0.1"})
-    with pytest.raises(UserError, match=r"chain\.json: chain format .*this version of cola reads 2; `dvc repro`"):
+    with pytest.raises(UserError, match=r"chain\.json: chain format .*this version of cola reads 3; `dvc repro`"):
         read_sealed(path, "chain")
 
 
