@@ -28,7 +28,7 @@ from flows.child import quiet
 from flows.compose import choices, compose
 
 DATA, PAGE = ROOT.parent / "shared" / "data" / "sst2", ROOT / "docs/methods.md"
-STEPS, RATE = 240, 2e-3
+STEPS, RATE = 120, 2e-3
 HEADINGS = (
     "recipe",
     "links",
@@ -103,8 +103,8 @@ def overrides(recipe: str) -> Iterator[str]:
 ROUND = 12  # batches of a round of ffa_lora_federated: as many are read as by other recipes
 # Rounds inside a link, as often as in the recipes' own short links.
 ROUNDS = {
-    "beam_lora": ("link.pruning.every=40",),
-    "alora": ("link.pruning.first=60", "link.pruning.every=60"),
+    "beam_lora": ("link.pruning.every=20",),
+    "alora": ("link.pruning.first=30", "link.pruning.every=30"),
 }
 
 
