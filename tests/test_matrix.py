@@ -32,7 +32,7 @@ GA = {"kind": "lora_ga", "direction": "ArB2r", "form": "paper", "gamma": 16.0}
 AXES: dict[str, list[Any]] = {
     "allocate.allocator": ["uniform", "gora", {"kind": "layer_subset", "blocks": 1}, "eva"],
     "link.initialiser": [
-        *("kaiming", "random_b", {"kind": "gora", "gamma": 0.05}, GA, "eva"),
+        *("kaiming", "random_b", "gaussian", {"kind": "gora", "gamma": 0.05}, GA, "eva"),
         *({"kind": "cora", "sisters": "chain"}, {"kind": "momentum", "momentum": 0.2}),
         {"kind": "loftq", "iterations": 2},
     ],
@@ -47,6 +47,7 @@ AXES: dict[str, list[Any]] = {
         {"kind": "proximal", "threshold": 0.1, "rule": "soft", "l1": 0.0},
         *({"kind": "lora_pro", "mode": "efficient"}, {"kind": "lora_pro", "mode": "full"}),
         {"kind": "lora_rite", "skip": 1.0, "clip": 1.0, "cutoff": 0.01, "escape": False},
+        {"kind": "adalora", "rank": 1, "first": 0, "last": 0, "every": 1, "smoothing": 0.8, "orthogonal": 0.1},
         {"kind": "fedavg", "clients": 2, "local_steps": 2, "concentration": None, "privacy": None},
         *({"kind": "lora_ggpo", "sigma": 0.03, "beta": 0.01}, {"kind": "lora_mgpo", "rho": 0.05, "smoothing": 0.9}),
     ],
@@ -78,6 +79,8 @@ def names(choice: Choice) -> dict[str, str]:
 def completed(choice: Choice) -> Choice:
     """With the numbers of a tiny model, and the directions that the values ask for."""
     wanted = [name_of(choice["link.initialiser"]), name_of(choice["allocate.allocator"]).replace("gora", "")]
+    if choice["link.initialiser"] == "gaussian":
+        choice = {**choice, "link.parametrisation": {"kind": "gated", "start": "zero"}}
     return {**choice, **SMALL, "profile.directions": sorted({NEEDS[name] for name in wanted if name in NEEDS})}
 
 
@@ -170,7 +173,7 @@ def test_it_trains_merges_and_reloads(number: int, tmp_path: Path) -> None:
         section, field = key.split(".")
         sections[section][field] = value
     machine = MachineConfig(device="cpu", threads=1, dtype=choice["machine.dtype"])
-    link = {**sections["link"], "validate_every": 2, "learning_rate": 1e-2}
+    link = {**sections["link"], "validate_every": 2, "learning_rate": 1e-3}  # LoRA-RITE takes steps of its size
     chain = root_of("llama", tmp_path)
     for _ in range(1 if choice["schedule.kind"] == "none" else 2):
         job = job_at(

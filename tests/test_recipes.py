@@ -22,7 +22,9 @@ from tests.points import job_at
 METHODS = {path.stem: path for path in (Path(__file__).parent.parent / "conf/method").glob("*.yaml")}
 MERGED_ONLY = {"loftq"}  # their links replace the frozen weights
 # Rounds and bounds that conf/method sets for links of tens of steps on models of hundreds of modules.
+ADALORA = {"kind": "adalora", "rank": 1, "first": 1, "last": 2, "every": 2, "smoothing": 0.8, "orthogonal": 0.1}
 SHORT: dict[str, dict[str, Any]] = {
+    "adalora": {"update": ADALORA},
     "beam_lora": {"pruning": {"kind": "beam_lora", "every": 3, "share": 0.6, "schedule": "rising"}},
     "lora_rite": {"learning_rate": 5e-3},
     "alora": {"pruning": {"kind": "alora", "first": 2, "every": 2, "rounds": 2, "ranks": 3}},

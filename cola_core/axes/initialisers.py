@@ -82,6 +82,14 @@ def random_b(start: Start, options: Any) -> First:
     return First(*DRAWN["random_b"](start.seed, start.link, start.module, start.rank, start.shape))
 
 
+def gaussian(start: Start, options: Any) -> First:
+    """A and B from N(0, 0.02^2), for gates that are 0 (AdaLoRA, as in PEFT's code)."""
+    generator = torch.Generator().manual_seed(derive(start.seed, start.link, "init", start.module))
+    shapes = (start.rank, start.columns), (len(start.weight), start.rank)
+    a, b = (0.02 * torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return First(a, b)
+
+
 def gora(start: Start, options: Any) -> First:
     """Random A, B = -xi G A^T (A A^T)^-1 (GoRA, section 3): s B A = -gamma sqrt(in/r) G P_A, a step down the gradient.
 
@@ -202,6 +210,7 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 INITIALISERS: dict[str, Initialiser] = {
     "kaiming": kaiming,
     "random_b": random_b,
+    "gaussian": gaussian,
     "gora": gora,
     "lora_ga": lora_ga,
     "eva": eva,

@@ -10,7 +10,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from cola_core.adapters import LoRA
 from cola_core.config.recipe import LinkConfig
+from cola_core.config.training_values import AdaLora as Options
 from cola_core.config.training_values import LoraPro, LoraRite
+from cola_core.optimizers.adalora import AdaLora
 from cola_core.optimizers.fedavg import FedAvg
 from cola_core.optimizers.lora_pro import MODES, Moments
 from cola_core.optimizers.lora_rite import Numbers, rite
@@ -90,6 +92,12 @@ def fedavg(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Op
     return FedAvg(groups, config)
 
 
+def adalora(groups: Groups, layers: Mapping[str, LoRA], config: LinkConfig) -> Optimizer:
+    """AdaLoRA's budget of singular values."""
+    assert isinstance(config.update, Options)
+    return AdaLora(groups, layers, config.update, config.steps, **adam_settings(config))
+
+
 UPDATES: dict[str, Update] = {
     "adamw": adamw,
     "sgd": sgd,
@@ -101,6 +109,7 @@ UPDATES: dict[str, Update] = {
     "lora_pro": lora_pro,
     "lora_rite": lora_rite,
     "fedavg": fedavg,
+    "adalora": adalora,
 }
 
 

@@ -58,6 +58,7 @@ def _refused_numbers(params: Params, key: str, knot: Knot, source: ProfileConfig
     (needed, times), rank = OWN_PROFILE.get(start, ("", 0)), getattr(knot.allocate, most)
     given = getattr(knot.link.initialiser, "sisters", "") == "given"
     form = knot.link.parametrisation
+    gates = getattr(form, "start", None)
     return [
         (params.schedule.kind == "none" and len(params.chain) > 1,
          "schedule.kind 'none' with more than one link: only 'cola' ties knots"),
@@ -70,9 +71,15 @@ def _refused_numbers(params: Params, key: str, knot: Knot, source: ProfileConfig
          f"profile.sketch {source.sketch} below allocate.r_max {knot.allocate.r_max}: 'eva' compares so many axes"),
         (allocator == "eva" and knot.allocate.rank > knot.allocate.r_max,
          "allocate.rank above r_max: the budget of the reference rank could not be spent"),
-        (start in STEPPING.split() and getattr(form, "start", "") == "normal",
-         f"link.parametrisation.start 'normal' with link.initialiser {start!r}: random gates would turn its start into "
+        (start in STEPPING.split() and gates not in ("one", None),
+         f"link.parametrisation.start {gates!r} with link.initialiser {start!r}: such gates would turn its start into "
          "another; use start: one"),
+        ((start == "gaussian") != (gates == "zero"),
+         f"link.parametrisation.start {gates!r} with link.initialiser {start!r}: zero and 'gaussian' go together, "
+         "or nothing would train, or the model would change"),
+        (knot.link.update.kind == "adalora" and _idle(knot.link) >= knot.link.steps,
+         f"link.update: first and last are {_idle(knot.link)} steps together: fewer than link.steps "
+         f"({knot.link.steps}) leave some in which the budget falls"),
         (form.kind in SHORTCUTS.split() and form.kind != "res_bs" and knot.link.activation_checkpointing,
          f"link.activation_checkpointing with link.parametrisation {form.kind!r}: a layer computed again would read "
          "what a later block left"),
@@ -89,6 +96,11 @@ def _refused_numbers(params: Params, key: str, knot: Knot, source: ProfileConfig
         (allocator == "gora" and not knot.allocate.r_min <= knot.allocate.rank <= knot.allocate.r_max,
          "allocate.rank outside [r_min, r_max]: the reference rank must be reachable"),
     ]  # fmt: skip
+
+
+def _idle(link: LinkConfig) -> int:
+    """Steps of a link in which AdaLoRA's budget does not fall."""
+    return int(getattr(link.update, "first", 0) + getattr(link.update, "last", 0))
 
 
 def _refused_outputs(params: Params, knot: Knot, source: ProfileConfig) -> list[tuple[bool, str]]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from cola_core.config.base import Strict
 from cola_core.config.values import Tagged, Value
 
-__all__ = ["FedAvg", "LoraPro", "LoraRite", "Pruning", "Update"]
+__all__ = ["AdaLora", "FedAvg", "LoraPro", "LoraRite", "Pruning", "Update"]
 
 
 class Adam(Value):
@@ -78,6 +78,21 @@ class LoraRite(Value):
     escape: bool
 
 
+class AdaLora(Value):
+    """rank: triplets a module keeps on average; first, last: steps before the budget falls and after it is final.
+
+    every: steps between two closings of gates; smoothing: of a number's sensitivity; orthogonal: weight of the penalty.
+    """
+
+    kind: Literal["adalora"]
+    rank: int = Field(ge=1)
+    first: int = Field(ge=0)
+    last: int = Field(ge=0)
+    every: int = Field(ge=1)
+    smoothing: float = Field(gt=0, lt=1)
+    orthogonal: float = Field(ge=0)
+
+
 class Privacy(Strict):
     """Example-level differential privacy (DP-SGD).
 
@@ -109,7 +124,9 @@ class FedAvg(Value):
         return self.clients * self.local_steps
 
 
-Update = Annotated[Adam | LoraPlus | Penalised | Proximal | Ggpo | Mgpo | LoraPro | LoraRite | FedAvg, *Tagged]
+Update = Annotated[
+    Adam | LoraPlus | Penalised | Proximal | Ggpo | Mgpo | LoraPro | LoraRite | FedAvg | AdaLora, *Tagged
+]
 
 
 class Whole(Value):

@@ -50,9 +50,12 @@ Allocator = Annotated[Ranks | LayerSubset, *Tagged]
 
 
 class Random(Value):
-    """kaiming: A random, B = 0; random_b: B random, A = 0; eva: A = principal axes of the inputs, B = 0."""
+    """kaiming: A random, B = 0; random_b: B random, A = 0; eva: A = principal axes of the inputs, B = 0.
 
-    kind: Literal["kaiming", "random_b", "eva"]
+    gaussian: both random and small, for gates that start at 0.
+    """
+
+    kind: Literal["kaiming", "random_b", "eva", "gaussian"]
 
 
 class Gora(Value):
@@ -105,10 +108,10 @@ class Factors(Value):
 
 
 class Gated(Value):
-    """start: every rank's gate is drawn from N(0, 1), or is 1."""
+    """start: every rank's gate is drawn from N(0, 1), or is 1, or 0."""
 
     kind: Literal["gated"]
-    start: Literal["normal", "one"]
+    start: Literal["normal", "one", "zero"]
 
 
 class SoftmaxGated(Value):

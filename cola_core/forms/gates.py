@@ -14,12 +14,12 @@ __all__ = ["gated", "open_ranks", "softmax_gated", "softmax_gates", "start_gates
 
 
 def start_gates(layer: LoRA, options: Any, seed: int) -> None:
-    """g, r: ones, or N(0, 1) as SoRA's code draws it (arXiv 2311.11696)."""
-    rank = layer.A.shape[0]
-    gates = torch.ones(rank, dtype=torch.float64)
-    if options.start == "normal":
-        gates = torch.randn(rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    layer.gate = nn.Parameter(gates.to(layer.A))
+    """g, r: ones; zeros (AdaLoRA, arXiv 2303.10512); or N(0, 1) as SoRA's code draws it (arXiv 2311.11696)."""
+    generator, rank = torch.Generator().manual_seed(seed), layer.A.shape[0]
+    drawn = torch.randn(rank, generator=generator, dtype=torch.float64)
+    layer.gate = nn.Parameter(
+        {"one": torch.ones(rank), "zero": torch.zeros(rank), "normal": drawn}[options.start].to(layer.A)
+    )
 
 
 def gated(layer: LoRA) -> tuple[Tensor, Tensor]:
