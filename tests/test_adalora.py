@@ -84,6 +84,11 @@ def test_scores_and_closed_gates_are_pefts() -> None:
             torch.testing.assert_close(g, tg.reshape(-1), atol=1e-9, rtol=0)
             torch.testing.assert_close(a, ta, atol=1e-9, rtol=0)
             torch.testing.assert_close(b, tb, atol=1e-9, rtol=0)
+        for name, layer in both.layers.items():
+            e, a, b = (both.allocator._element_score(f"{name}.lora_{part}.default") for part in "EAB")
+            vectors = torch.cat([a.mean(1, keepdim=True), b.mean(0).view(-1, 1)], dim=1)
+            theirs = both.allocator._combine_ipt(e, vectors)
+            torch.testing.assert_close(both.optimizer._score(layer), theirs, atol=1e-12, rtol=1e-9)
         closed.append(sum(int((g == 0).sum()) for _, _, g in both.ours()))
     assert closed[-1] == 4 and closed[0] == 0 and max(closed) == 4 and len(set(closed)) > 2
 
