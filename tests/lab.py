@@ -158,6 +158,18 @@ def start_of(
     return Start(weight, rank, scale, directions or {}, [], seed, link, "m")
 
 
+def die_after(step: int, how: type[BaseException], seen: list[int] | None = None) -> Any:
+    """A report for `run_link` that raises after a step; `seen` takes the steps that were reported."""
+
+    def report(event: dict[str, Any]) -> None:
+        if seen is not None:
+            seen.append(event["step"])
+        if event["step"] == step:
+            raise how
+
+    return report
+
+
 def logits_of(model: Any, family: str, rows: list[Row]) -> list[Tensor]:
     """Every logit of every row, one row at a time: no batching, no masks, none of the project's own scoring."""
     found = []

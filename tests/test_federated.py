@@ -32,7 +32,7 @@ from cola_core.optimizers.fedavg import FedAvg
 from cola_core.optimizers.privacy import epsilon, private_gradient
 from cola_core.optimizers.shards import Rounds, shards
 from cola_core.train import Training
-from tests.lab import FAMILIES, FP32, KINDS, LINK, chain_of, initial_pairs, job_of, root_of, rows_of, task_of
+from tests.lab import FAMILIES, FP32, KINDS, LINK, chain_of, die_after, initial_pairs, job_of, root_of, rows_of, task_of
 from tests.test_config import PARAMS
 
 PRIVATE = {"noise": 0.5, "max_norm": 1.0, "delta": 1e-5}
@@ -316,14 +316,6 @@ def test_law_7_a_round_that_was_stopped_is_trained_again_as_a_whole(
     job = job_of(family, chain, FP32, checkpoint=tmp_path / "state.safetensors", **asked)
     seen: list[int] = []
 
-    def die_after(step: int, how: type[BaseException]) -> Any:
-        def report(event: dict[str, Any]) -> None:
-            seen.append(event["step"])
-            if event["step"] == step:
-                raise how
-
-        return report
-
     for part in (0.1, 0.3, 0.3):  # of five rounds: in the first, in the second, in the third
         reads.done, reads.stop = 0, int(part * total)
         with pytest.raises(KeyboardInterrupt):
@@ -331,7 +323,7 @@ def test_law_7_a_round_that_was_stopped_is_trained_again_as_a_whole(
     reads.stop = 10**9
     for step, how in ((3, GeneratorExit), (4, KeyboardInterrupt)):
         with pytest.raises(how):
-            run_link(job, die_after(step, how))
+            run_link(job, die_after(step, how, seen))
     resumed, _, progress = run_link(job, lambda event: seen.append(event["step"]))
     assert seen == [1, 2, 3, 3, 4, 5], "stopped: no whole round is repeated; killed: those since the last checkpoint"
     assert progress.losses == undisturbed.losses

@@ -30,6 +30,7 @@ from tests.lab import (
     KINDS,
     base_of,
     chain_of,
+    die_after,
     grow,
     initial_pairs,
     job_of,
@@ -215,17 +216,9 @@ def test_law_7_a_link_resumes_bit_for_bit(family: str, tmp_path: Path, dropout: 
     job = job_of(family, chain, FP32, dropout=dropout, keep="best", checkpoint=tmp_path / "state.safetensors")
     seen: list[int] = []
 
-    def die_after(step: int, how: type[BaseException]) -> Any:
-        def report(event: dict[str, Any]) -> None:
-            seen.append(event["step"])
-            if event["step"] == step:
-                raise how
-
-        return report
-
     for step, how in ((1, GeneratorExit), (3, GeneratorExit), (4, KeyboardInterrupt), (5, KeyboardInterrupt)):
         with pytest.raises(how):
-            run_link(job, die_after(step, how))
+            run_link(job, die_after(step, how, seen))
     resumed, _, progress = run_link(job, lambda event: seen.append(event["step"]))
     told = "killed: at most the steps since the last checkpoint (every 2) are repeated; stopped: none"
     assert seen == [1, 1, 2, 3, 3, 4, 5, 6], told

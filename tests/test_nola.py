@@ -46,6 +46,7 @@ from tests.lab import (
     FP64,
     base_of,
     chain_of,
+    die_after,
     job_of,
     logits_of,
     model_of,
@@ -337,13 +338,6 @@ def test_law_7_a_link_resumes_bit_for_bit(family: str, dropout: float, tmp_path:
     chain, settings = root_of(family, tmp_path), {"dropout": dropout, "keep": "best", "parametrisation": NOLA}
     whole, _, undisturbed = run_link(job_of(family, chain, FP32, **settings))
     job = job_of(family, chain, FP32, checkpoint=tmp_path / "state.safetensors", **settings)
-
-    def die_after(step: int, how: type[BaseException]) -> Callable[[dict[str, Any]], None]:
-        def report(event: dict[str, Any]) -> None:
-            if event["step"] == step:
-                raise how
-
-        return report
 
     for step, how in ((3, GeneratorExit), (5, KeyboardInterrupt)):
         with pytest.raises(how):

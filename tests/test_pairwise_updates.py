@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -28,7 +27,7 @@ from cola_core.lineage import read_chain
 from cola_core.links import run_link
 from cola_core.optimizers.lora_pro import MODES, directions, equivalent
 from cola_core.optimizers.lora_rite import escaped, transported
-from tests.lab import FAMILIES, FP32, KINDS, LINK, job_of, root_of
+from tests.lab import FAMILIES, FP32, KINDS, LINK, die_after, job_of, root_of
 
 PRO = {mode: {"kind": "lora_pro", "mode": mode} for mode in ("efficient", "full")}
 RITE = {"kind": "lora_rite", "skip": 1.0, "clip": 1.0, "cutoff": 0.01, "escape": False}
@@ -420,14 +419,6 @@ def test_a_chain_of_two_links_learns_and_its_knots_change_no_score(family: str, 
         chain = read_chain(tmp_path / f"links/{number}/adapter")
         losses += [event["loss"] for event in progress.losses]
     assert sum(losses[-4:]) / 4 < losses[0]
-
-
-def die_after(step: int, how: type[BaseException]) -> Callable[[dict[str, Any]], None]:
-    def report(event: dict[str, Any]) -> None:
-        if event["step"] == step:
-            raise how
-
-    return report
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -16,7 +16,7 @@ from cola_core.errors import UserError
 from cola_core.export import flat_adapter, write_flat
 from cola_core.lineage import Link, read_chain
 from cola_core.links import run_link
-from tests.lab import FP32, logits_of, model_of, root_of, rows_of
+from tests.lab import FP32, die_after, logits_of, model_of, root_of, rows_of
 from tests.points import job_at
 
 METHODS = {path.stem: path for path in (Path(__file__).parent.parent / "conf/method").glob("*.yaml")}
@@ -78,17 +78,9 @@ def test_law_7_a_recipe_resumes_bit_for_bit(recipe: str, tmp_path: Path) -> None
     job = type(job)(**{**vars(job), "checkpoint": tmp_path / "state.safetensors"})
     for step, how in ((1, GeneratorExit), (3, GeneratorExit), (5, KeyboardInterrupt)):
         with pytest.raises(how):
-            run_link(job, _die_after(step, how))
+            run_link(job, die_after(step, how))
     resumed, _, progress = run_link(job)
     assert progress.losses == undisturbed.losses
     assert whole.pairs.keys() == resumed.pairs.keys()
     for name, pair in whole.pairs.items():
         assert torch.equal(pair.a, resumed.pairs[name].a) and torch.equal(pair.b, resumed.pairs[name].b), name
-
-
-def _die_after(step: int, how: type[BaseException]) -> Any:
-    def report(event: dict[str, Any]) -> None:
-        if event["step"] == step:
-            raise how
-
-    return report
