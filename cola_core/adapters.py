@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from cola_core.axes.parametrisations import PARAMETRISATIONS, Form
+from cola_core.models import keeps_transposed
 
 __all__ = ["LoRA", "Pair", "add_pair", "attach", "detach"]
 
@@ -135,7 +135,7 @@ def add_pair(module: nn.Module, pair: Pair) -> float:
     weight: Tensor = module.weight  # type: ignore[assignment]
     with torch.no_grad():
         delta = pair.scale * (pair.b.to(weight) @ pair.a.to(weight))
-        delta = delta.T if isinstance(module, Conv1D) else delta
+        delta = delta.T if keeps_transposed(module) else delta
         before = weight.clone()
         weight.add_(delta)
         if pair.bias is not None:

@@ -58,7 +58,7 @@ def tie(model: PreTrainedModel, chain: Sequence[Link]) -> Iterator[tuple[int, di
     modules = adaptable(model)
     shapes = {name: weight_shape(module) for name, module in modules.items()}
     for link in chain[1:]:
-        pairs, bases = _pairs(link), _bases(link)
+        pairs, bases = _merged(link)
         _check_shapes(link, {name: (p.b.shape[0], p.a.shape[1]) for name, p in pairs.items()}, shapes)
         _check_shapes(link, {name: held.shape for name, held in bases.items()}, shapes)
         for name, held in bases.items():
@@ -75,23 +75,23 @@ def pairs_by_module(chain: Sequence[Link]) -> dict[str, list[Pair]]:
     """module -> the pairs that the chain has merged into it, in order."""
     merged: dict[str, list[Pair]] = {}
     for link in chain[1:]:
-        for name, pair in _pairs(link).items():
+        for name, pair in _merged(link)[0].items():
             merged.setdefault(name, []).append(pair)
     return merged
 
 
 def moved(chain: Sequence[Link]) -> dict[str, list[Pair] | None]:
     """module -> W - W_0 as pairs, in order; None where a link has replaced W: no sum of pairs tells it."""
-    replaced = {name for link in chain[1:] for name in _bases(link)}
+    replaced = {name for link in chain[1:] if link.replaces_weights for name in link.adapter().bases}
     return {**pairs_by_module(chain), **dict.fromkeys(replaced)}
 
 
-def _bases(link: Link) -> dict[str, Quantised]:
-    return link.adapter().bases if link.replaces_weights else {}
-
-
-def _pairs(link: Link) -> dict[str, Pair]:
-    return link.adapter().pairs if link.kept else {}
+def _merged(link: Link) -> tuple[dict[str, Pair], dict[str, Quantised]]:
+    """What the link adds to weights, and what it puts in their place: nothing where it was dropped."""
+    if not link.kept:
+        return {}, {}
+    adapter = link.adapter()
+    return adapter.pairs, adapter.bases
 
 
 def _check_shapes(link: Link, told: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]]) -> None:

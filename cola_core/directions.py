@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -120,9 +120,7 @@ def _inputs(modules: Mapping[str, nn.Module], receive: Callable[[str, Tensor], N
 
         return took
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(watch(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -13,7 +13,7 @@ from cola_core.adapter_files import Adapter, write_adapter
 from cola_core.adapters import Pair
 from cola_core.chain import head_of, pairs_by_module
 from cola_core.errors import UserError
-from cola_core.lineage import Link
+from cola_core.lineage import Link, no_adapter
 
 __all__ = ["chain_manifest", "flat_adapter", "portable_adapter", "write_flat"]
 
@@ -31,16 +31,11 @@ def flat_adapter(chain: Sequence[Link]) -> Adapter:
     Raises:
         UserError: no link was kept, one trained biases, which PEFT's readers do not agree on, or one replaced weights.
     """
-    if replacing := [link.number for link in chain[1:] if link.replaces_weights]:
-        raise UserError(
-            f"merge.flat_adapter: link {replacing[0]} was trained on quantised weights, which it puts in the place of "
-            "the base's: no adapter of the base gives that model; it exports as a merged checkpoint only"
-        )
+    if reason := no_adapter([{"kept": link.kept, "replaces_weights": link.replaces_weights} for link in chain[1:]]):
+        raise UserError(f"merge.flat_adapter: {reason}")
     last, merged = chain[-1].adapter(), pairs_by_module(chain)
     if any(pair.bias is not None for parts in merged.values() for pair in parts):
         raise UserError("merge.flat_adapter: links trained with link.bias=lora export as a merged checkpoint only")
-    if not merged:
-        raise UserError("merge.flat_adapter: no link was kept, so the chain is the base and there is no adapter")
     pairs = {name: _concatenate(parts) for name, parts in merged.items()}
     alpha = {name: float(pair.rank) for name, pair in pairs.items()}
     return Adapter(pairs, last.base, last.kind, alpha, False, last.transposed, head_of(chain))

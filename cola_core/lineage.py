@@ -5,7 +5,7 @@ Folder k holds link k's adapter and link.json; folder 0 holds the root: which ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,7 @@ from cola_core.sealed import read_sealed
 if TYPE_CHECKING:
     from cola_core.adapter_files import Adapter
 
-__all__ = ["Link", "check_manifest", "read_chain", "read_manifest"]
+__all__ = ["Link", "check_manifest", "no_adapter", "read_chain", "read_manifest"]
 
 ADAPTER, HEAD = ("adapter_config.json", "adapter_model.safetensors"), "head.safetensors"
 QUANTISED = "quantised.safetensors"  # weights of the base that a link replaces
@@ -153,6 +153,19 @@ def check_manifest(path: Path, chain: Sequence[Link]) -> None:
     told = read_manifest(path)
     if [told["root"], *(link["hash"] for link in told["links"])] != [link.hash for link in chain]:
         raise UserError(f"{path}: tells of another chain than the links beside it; run `dvc repro merge`")
+
+
+def no_adapter(links: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why no adapter of the base gives the chain's model; None where one does.
+
+    Args:
+        links: kept, and replaces_weights (not there before format 3), of every link, as in chain.json.
+    """
+    if not any(link["kept"] for link in links):
+        return "no link was kept, so the chain is the base and there is no adapter"
+    if any(link.get("replaces_weights") for link in links):
+        return "links trained on quantised weights put them in the place of the base's: it is a merged checkpoint only"
+    return None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ rank, and its Frank-Wolfe gap (COLA); then it is freed. No copy of the model, no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -172,13 +172,8 @@ def _on_gradient(modules: Modules, receive: Callable[[str, Tensor], None]) -> It
         return take
 
     weights: dict[str, Tensor] = {name: module.weight for name, module in modules.items()}  # type: ignore[misc]
-    handles = []
-    for name, weight in weights.items():
-        weight.requires_grad_(True)
-        handles.append(weight.register_post_accumulate_grad_hook(hook(name)))  # type: ignore[no-untyped-call]
-    try:
+    with ExitStack() as undo:
+        for name, weight in weights.items():
+            undo.callback(weight.requires_grad_(True).requires_grad_, False)
+            undo.enter_context(weight.register_post_accumulate_grad_hook(hook(name)))  # type: ignore[no-untyped-call]
         yield
-    finally:
-        for handle, weight in zip(handles, weights.values(), strict=True):
-            handle.remove()
-            weight.requires_grad_(False)

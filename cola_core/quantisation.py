@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from cola_core.axes.bases import QUANTISERS
+from cola_core.models import keeps_transposed
 
 __all__ = ["Quantised", "QuantisedLinear", "quantise", "restore", "sizes"]
 
@@ -117,7 +117,7 @@ class QuantisedLinear(nn.Module):
     def __init__(self, base: nn.Module, held: Quantised) -> None:
         super().__init__()
         weight: Tensor = base.weight  # type: ignore[assignment]
-        self.shape, self.kind, self.transposed = held.shape, held.kind, isinstance(base, Conv1D)
+        self.shape, self.kind, self.transposed = held.shape, held.kind, keeps_transposed(base)
         self.register_buffer("codes", held.codes.to(weight.device))
         self.register_buffer("scales", held.scales.to(weight.device))
         self.register_buffer("like", weight.new_empty(0), persistent=False)  # the base's dtype, which casts may change
@@ -152,4 +152,4 @@ def restore(module: nn.Module, held: Quantised) -> None:
     weight: Tensor = module.weight  # type: ignore[assignment]
     with torch.no_grad():
         dense = held.dense()
-        weight.copy_(dense.T if isinstance(module, Conv1D) else dense)
+        weight.copy_(dense.T if keeps_transposed(module) else dense)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -104,9 +104,7 @@ def both_ends(modules: Modules, receive: Callable[[str, Tensor, Tensor], None]) 
     def flat(tensor: Tensor) -> Tensor:
         return wide(tensor.reshape(-1, tensor.shape[-1]))
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(watch(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

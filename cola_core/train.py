@@ -108,8 +108,9 @@ class Training:
         return progress.step < self.course.config.steps and self.pruning.rounds(progress.step) > progress.rounds
 
     def _prune(self) -> None:
+        change = self.pruning.measured(self.progress.rounds)
         with uninterrupted():
-            self.pruning.run(self.progress.rounds)
+            change()
             self.progress.rounds += 1
 
     def _sample_loss(self) -> float:

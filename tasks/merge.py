@@ -26,7 +26,7 @@ def main(context: Context) -> Done:
     from cola_core.config.report import MergeConfig
     from cola_core.export import chain_manifest, flat_adapter, portable_adapter, write_flat
     from cola_core.files import new_dir
-    from cola_core.lineage import read_chain
+    from cola_core.lineage import no_adapter, read_chain
     from cola_core.sealed import write_sealed
 
     config, machine = context.section(MergeConfig, "merge"), context.section(MachineConfig, "machine")
@@ -35,15 +35,18 @@ def main(context: Context) -> Done:
     chain = read_chain(last)
     with new_dir(ARTIFACTS / "merge") as folder:
         errors = _merge(chain, machine, folder / "checkpoint" if config.checkpoint else None)
-        if (config.flat_adapter or config.portable_adapter) and _has_adapter(chain):
+        manifest = chain_manifest(chain, errors)
+        reason, wanted = no_adapter(manifest["links"]), config.flat_adapter or config.portable_adapter
+        if wanted and not reason:
             flat = flat_adapter(chain)
             if config.flat_adapter:
                 write_flat(folder / "flat_adapter", flat)
             if config.portable_adapter:
                 write_flat(folder / "portable_adapter", portable_adapter(flat))
-        manifest = chain_manifest(chain, errors)
         write_sealed(folder / "chain.json", "chain", manifest)
         seal_folder(folder)
+    if wanted and reason:
+        print(f"merge: no adapter is written: {reason}", flush=True)
     kept = sum(link.kept for link in chain[1:])
     print(f"merge: {kept} of {len(chain) - 1} links, chain {manifest['hash'][:12]}", flush=True)
     worst = max((error for modules in errors.values() for error in modules.values()), default=0.0)
@@ -65,18 +68,6 @@ def _merge(chain: list[Link], machine: MachineConfig, checkpoint: Path | None) -
         _copy_tokenizer(checkpoint)
         drop_noise(checkpoint)
     return errors
-
-
-def _has_adapter(chain: list[Link]) -> bool:
-    """Whether an adapter of the base can give the chain's model; prints why not."""
-    if any(link.replaces_weights for link in chain[1:]):
-        print(
-            "merge: wrote the merged checkpoint alone: links trained on quantised weights put them in the place of the "
-            "base's, so no flat or portable adapter of the base gives the chain's model",
-            flush=True,
-        )
-        return False
-    return any(link.kept for link in chain[1:])
 
 
 def _copy_tokenizer(checkpoint: Path) -> None:

@@ -94,8 +94,9 @@ def test_the_card_tells_of_a_dropped_link(checkout: Path) -> None:
     assert "q_proj" in text and "A chain of 2 LoRA links" in text
 
 
-def test_export_says_that_a_chain_of_dropped_links_has_no_adapter(checkout: Path) -> None:
+def test_merge_and_export_say_that_a_chain_of_dropped_links_has_no_adapter(checkout: Path, capsys: Any) -> None:
     merged_anew(checkout, [False, False])
+    assert "merge: no adapter is written: no link was kept" in capsys.readouterr().out
     for form in ("flat_adapter", "portable_adapter"):
         with pytest.raises(UserError, match=rf"merge/{form}: not there: no link was kept"):
             export(Path("out"), form)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_a_pruned_rank_takes_what_a_best_one_was_half_a_period_before(tmp_path: 
     scene = Scene(tmp_path, {**BEAM, "share": 0.01, "schedule": "rising"}, SOFTMAX)
     for _ in range(2):
         scene.step()
-    scene.rounds.run(0)
+    scene.rounds.measured(0)()
     then = {name: layer.A.detach().clone() for name, layer in scene.layers.items()}
     moments = {name: scene.optimizer.state[layer.B]["exp_avg"].clone() for name, layer in scene.layers.items()}
     for _ in range(2):
@@ -107,7 +108,7 @@ def test_a_pruned_rank_takes_what_a_best_one_was_half_a_period_before(tmp_path: 
     with torch.no_grad():
         for other in scene.layers.values():
             other.score.copy_(layer.score)
-    scene.rounds.run(1)
+    scene.rounds.measured(1)()
     for name, layer in scene.layers.items():
         taken = {slot: best for slot in (1, 3) for best in (0, 2) if torch.equal(layer.A[slot], then[name][best])}
         assert sorted(taken) == [1, 3] and sorted(taken.values()) == [0, 2]
@@ -177,7 +178,7 @@ def test_alora_keeps_the_budget_and_the_moments_of_what_stays(tmp_path: Path) ->
     moments = {name: scene.optimizer.state[layer.A]["exp_avg"].clone() for name, layer in scene.layers.items()}
     found: Any = scene.rounds
     pruned, grown = moves(found._scores(), 5)
-    scene.rounds.run(0)
+    scene.rounds.measured(0)()
     assert sum(len(layer.A) for layer in scene.layers.values()) == sum(len(a) for a, _ in before.values())
     assert len({len(layer.A) for layer in scene.layers.values()}) > 1
     for name, layer in scene.layers.items():
@@ -207,9 +208,9 @@ def test_rounds_are_run_once_each_and_never_after_the_last_step(kind: str, tmp_p
     honest: Any = PRUNINGS[kind]
 
     class Watched(honest):  # type: ignore[misc]
-        def run(self, number: int) -> None:
+        def measured(self, number: int) -> Callable[[], None]:
             seen.append((int(next(iter(self.optimizer.state.values()))["step"]), number))
-            super().run(number)
+            return cast(Callable[[], None], super().measured(number))
 
     monkeypatch.setitem(PRUNINGS, kind, Watched)
     link = {"parametrisation": form, "pruning": pruning, "steps": 12, "validate_every": 4}

@@ -21,8 +21,8 @@ class Pruning(Protocol):
     def rounds(self, step: int) -> int:
         """How many rounds have had their turn once `step` steps are done."""
 
-    def run(self, number: int) -> None:
-        """Run one round, the first is 0; parameters, buffers and optimizer state change together."""
+    def measured(self, number: int) -> Callable[[], None]:
+        """What one round, the first is 0, finds to do: to be done whole, with the optimizer's state, or not at all."""
 
 
 class Never:
@@ -35,8 +35,9 @@ class Never:
         """None."""
         return 0
 
-    def run(self, number: int) -> None:
+    def measured(self, number: int) -> Callable[[], None]:
         """Never called."""
+        raise AssertionError
 
 
 # The link's layers, its optimizer, what gives the loss of one validation batch, and its course -> the rounds.

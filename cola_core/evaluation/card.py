@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from cola_core.evaluation.scoreboard import cell, compared
+from cola_core.lineage import no_adapter
 
 __all__ = ["Facts", "render_card"]
 
@@ -156,8 +157,8 @@ model.predict(pandas.DataFrame({{"prompt": ["..."]}}))
 
 
 def _flat(facts: Facts, loader: str) -> str:
-    if any(link.get("replaces_weights") for link in facts.chain["links"]):
-        return "There is no adapter of all links: some were trained on quantised weights, which replace the base's."
+    if reason := no_adapter(facts.chain["links"]):
+        return f"There is no adapter of all links: {reason}."
     return f"""The flat adapter holds all links and fits the root base:
 
 ```python

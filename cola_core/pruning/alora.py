@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from cola_core.adapters import LoRA
 from cola_core.health import Course
+from cola_core.interrupts import uninterrupted
 from cola_core.seeds import derive
 
 __all__ = ["Ablation", "moves"]
@@ -40,9 +42,11 @@ class Ablation:
         due: int = 0 if past < 0 else min(self.options.rounds, 1 + past // self.options.every)
         return due
 
-    def run(self, number: int) -> None:
-        """Score every rank on the validation sample, prune the lowest, and grow where nothing was pruned."""
-        pruned, grown = moves(self._scores(), self.options.ranks)
+    def measured(self, number: int) -> Callable[[], None]:
+        """Score every rank on the validation sample; the lowest are to go, and to grow where none does."""
+        return partial(self._move, *moves(self._scores(), self.options.ranks), number)
+
+    def _move(self, pruned: Mapping[str, set[int]], grown: Mapping[str, int], number: int) -> None:
         for name, layer in self.layers.items():
             keep = torch.tensor([i for i in range(len(layer.A)) if i not in pruned[name]], dtype=torch.long)
             if len(keep) < len(layer.A) or grown[name]:
@@ -53,9 +57,9 @@ class Ablation:
         scores: Scores = {name: [] for name in self.layers}
         for name, layer in self.layers.items():
             for rank in range(len(layer.A)):
-                with _without(layer, rank):
+                with uninterrupted(), _without(layer, rank):  # stopped between two losses, the layers are whole
                     lost = self.loss()
-                with _alone(self.layers, layer, rank):
+                with uninterrupted(), _alone(self.layers, layer, rank):
                     scores[name].append(lost - self.loss())
         return scores
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,14 +45,14 @@ class Beam:
         half = done % every >= every - every // 2 and (done // every + 1) * every <= last
         return 2 * (done // every) + half
 
-    def run(self, number: int) -> None:
+    def measured(self, number: int) -> Callable[[], None]:
         """Keep A, B and their moments, or prune and expand."""
-        if number % 2 == 0:
-            for layer in self.layers.values():
-                for name, value in self._now(layer).items():
-                    getattr(layer, f"then_{name}").data = value
-            return
-        self._expand(number)
+        return partial(self._expand, number) if number % 2 else self._keep
+
+    def _keep(self) -> None:
+        for layer in self.layers.values():
+            for name, value in self._now(layer).items():
+                getattr(layer, f"then_{name}").data = value
 
     def _expand(self, number: int) -> None:
         gates = {name: softmax_gates(layer).detach() for name, layer in self.layers.items()}
