@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +25,7 @@ from cola_core.pruning.alora import moves
 from cola_core.pruning.beam import kept_ranks
 from cola_core.scoring import mean_loss
 from cola_core.start import first_layers, first_pairs
-from cola_core.train import trained_parameters
+from cola_core.train import Training, trained_parameters
 from tests.lab import FP64, root_of
 from tests.points import job_at
 
@@ -216,3 +218,28 @@ def test_rounds_are_run_once_each_and_never_after_the_last_step(kind: str, tmp_p
     link = {"parametrisation": form, "pruning": pruning, "steps": 12, "validate_every": 4}
     run_link(job_at("llama", root_of("llama", tmp_path), link))
     assert seen == ([(3, 0), (5, 1)] if kind == "alora" else [(2, 0), (4, 1), (6, 2), (8, 3)])
+
+
+def test_a_round_stopped_while_it_measures_ends_with_that_loss_and_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two losses a rank are many: Ctrl-C need not wait for all, and finds every rank in its place."""
+    job = job_at("llama", root_of("llama", tmp_path), {"pruning": ALORA, "steps": 8, "validate_every": 4})
+    whole, _, _ = run_link(job)
+    honest, calls = Training._sample_loss, [0]
+
+    def stopped(training: Training) -> float:
+        calls[0] += 1
+        if calls[0] == 4:  # while all ranks but one are taken out
+            signal.raise_signal(signal.SIGINT)
+        return honest(training)
+
+    monkeypatch.setattr(Training, "_sample_loss", stopped)
+    job = replace(job, checkpoint=tmp_path / "state.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        run_link(job)
+    assert calls == [4]
+    resumed, _, _ = run_link(job)
+    assert whole.pairs.keys() == resumed.pairs.keys() and calls[0] > 8
+    for name, pair in whole.pairs.items():
+        assert torch.equal(pair.a, resumed.pairs[name].a) and torch.equal(pair.b, resumed.pairs[name].b), name
