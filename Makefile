@@ -3,7 +3,7 @@
 # make audit  the lock against the databases of known vulnerabilities
 # make chaos  200 kills, 1,000 spoilt files of every kind and a guided search for worse ones: one to two hours
 # make bench  time and memory beside the peers, 15 to 25 minutes on 2 cores (QUICK=1: 5, no table; ONLY=curves: that part again)
-# make methods  every recipe on a real model for a minute or less, into docs/methods.md
+# make methods  every recipe on a real model for a minute or less, into docs/methods.md (ONLY=sora: that row again)
 # Elsewhere:  make run PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cu130   (empty: PyPI's own build)
 
 PYTHON ?= python3.11
@@ -68,7 +68,7 @@ bench: setup
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(foreach part,$(ONLY),--only $(part))
 
 methods: setup
-	$(BIN)/python -m benchmarks.methods every
+	$(BIN)/python -m benchmarks.methods every $(foreach recipe,$(ONLY),--only $(recipe))
 
 setup: $(READY)
 

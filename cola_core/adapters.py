@@ -41,7 +41,8 @@ class LoRA(nn.Module):
     A and B are kept in the master dtype and computed in x's own; a form may add parts and read other layers.
     given: the pair that W gave up at the start, so that the layer computes W x + s (B A - B_0 A_0) x; None for nothing.
     noise: standard deviation of every row of the noise on W, out, redrawn at every pass; None for none.
-    previous: layers of this kind in earlier blocks, nearest first; seen: the last input (ResLoRA).
+    previous: layers of this kind in earlier blocks, nearest first; seen: the last input; fresh: what a step that is
+    not taken yet has seen of inputs' sizes (ResLoRA).
     """
 
     gate: nn.Parameter
@@ -50,6 +51,7 @@ class LoRA(nn.Module):
     ratios: Tensor
     batches: Tensor
     seen: Tensor
+    fresh: list[float]
 
     def __init__(
         self, base: nn.Module, pair: Pair, dropout: float = 0.0, form: Form = PARAMETRISATIONS["plain"]

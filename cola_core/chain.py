@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cola_core.quantisation import Quantised, restore
 from cola_core.root import seal
 from cola_core.tensors import load_tensors
 
-__all__ = ["head_of", "moved", "pairs_by_module", "tie", "write_link"]
+__all__ = ["head_of", "last_trained", "moved", "pairs_by_module", "tie", "write_link"]
 
 
 def write_link(folder: Path, adapter: Adapter, record: dict[str, Any], extra: dict[str, str]) -> None:
@@ -78,6 +79,14 @@ def pairs_by_module(chain: Sequence[Link]) -> dict[str, list[Pair]]:
         for name, pair in _merged(link)[0].items():
             merged.setdefault(name, []).append(pair)
     return merged
+
+
+def last_trained(chain: Sequence[Link]) -> dict[str, Pair]:
+    """module -> what the last link trained: its pair without the ranks by which W gave up its start; {} at the root."""
+    given = chain[-1].record.get("given_ranks", {})
+    pairs = _merged(chain[-1])[0] if chain[-1].number else {}
+    own = {name: pair.rank - given.get(name, 0) for name, pair in pairs.items()}
+    return {name: replace(pair, a=pair.a[: own[name]], b=pair.b[:, : own[name]]) for name, pair in pairs.items()}
 
 
 def moved(chain: Sequence[Link]) -> dict[str, list[Pair] | None]:

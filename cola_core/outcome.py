@@ -101,6 +101,7 @@ def record_of(
         "tokens": progress.tokens,
         "probe_tokens": job.probe_tokens,
         "ranks": {name: pair.rank for name, pair in adapter.pairs.items()},
+        "given_ranks": {name: len(first.a) for name, first in firsts.items() if first.kept and name in adapter.pairs},
         "trainable_parameters": trained,
         "start_error": {"max": max(errors), "mean": sum(errors) / len(errors)},
     }

@@ -11,7 +11,7 @@ from cola_core.adapters import LoRA, Pair, attach
 from cola_core.axes.bases import BASES
 from cola_core.axes.initialisers import INITIALISERS, First, Start
 from cola_core.axes.parametrisations import PARAMETRISATIONS, SCALES
-from cola_core.chain import pairs_by_module
+from cola_core.chain import last_trained, pairs_by_module
 from cola_core.job import LinkJob
 from cola_core.models import adaptable, as_matrix, weight_shape
 from cola_core.quantisation import QuantisedLinear, quantise
@@ -27,13 +27,14 @@ def first_pairs(model: PreTrainedModel, job: LinkJob) -> dict[str, First]:
     Args:
         model: base and chain, merged, in the master dtype.
     """
-    config, modules, earlier = job.config, adaptable(model), pairs_by_module(job.chain)
+    config, modules = job.config, adaptable(model)
+    earlier, last = pairs_by_module(job.chain), last_trained(job.chain)
     initialise, firsts = INITIALISERS[config.initialiser.kind], {}
     for name, rank in check_ranks(job.ranks, {n: weight_shape(m) for n, m in modules.items()}).items():
         if rank:
             start = Start(
                 as_matrix(modules[name]), rank, SCALES[config.scale](config.alpha, rank), job.directions.get(name, {}),
-                earlier.get(name, []), job.seed, len(job.chain), name, config.quantise,
+                earlier.get(name, []), job.seed, len(job.chain), name, config.quantise, last.get(name),
             )  # fmt: skip
             firsts[name] = _stored(start, initialise(start, config.initialiser))
     return firsts

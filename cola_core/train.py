@@ -45,7 +45,8 @@ class Training:
         course: Course,
     ) -> None:
         config = course.config
-        self.objective, self.train, self.validation, self.course = objective, train, validation, course
+        self.objective, self.layers, self.course = objective, layers, course
+        self.train, self.validation = train, validation
         self.accelerator = Accelerator(cpu=objective.model.device.type == "cpu")
         self.named = {name: parameter for name, _, parameter in trained_parameters(objective.model, layers)}
         self.update = build_optimizer(trained_parameters(objective.model, layers), config, layers)
@@ -142,6 +143,8 @@ class Training:
         with uninterrupted():  # parameters and progress always tell of the same step
             self.optimizer.step()
             self.optimizer.zero_grad()
+            for layer in self.layers.values():
+                layer.form.settle(layer)
             progress.step, progress.tokens, progress.random = step + 1, progress.tokens + tokens, random_state()
             progress.losses.append(event)
 

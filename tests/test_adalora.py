@@ -21,16 +21,18 @@ from cola_core.optimizers.adalora import budget
 from tests.lab import LINK, root_of
 from tests.points import job_at
 
-OPTIONS = {"kind": "adalora", "rank": 2, "first": 2, "last": 4, "every": 2, "smoothing": 0.8, "orthogonal": 0.3}
+OPTIONS = {"kind": "adalora", "rank": 2, "first": 2, "last": 4, "every": 3, "smoothing": 0.8, "orthogonal": 0.3}
 STEPS = 14
 
 
 class Peers:
     """Two modules of rank 4: our layers, and PEFT's parameters with the same numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, **changes: int) -> None:
         torch.manual_seed(3)
-        self.config = LinkConfig(**{**LINK.model_dump(), "update": OPTIONS, "steps": STEPS, "learning_rate": 0.05})
+        self.config = LinkConfig(
+            **{**LINK.model_dump(), "update": {**OPTIONS, **changes}, "steps": STEPS, "learning_rate": 0.05}
+        )
         self.layers, self.peft = {}, nn.Module()
         for name, (out, inner) in {"one": (7, 5), "two": (6, 9)}.items():
             layer = LoRA(
@@ -45,7 +47,7 @@ class Peers:
             setattr(self.peft, name, module)
         parts = [(f"{n}.{k}", k, p) for n, la in self.layers.items() for k, p in la.named_parameters(recurse=False)]
         self.optimizer: Any = build_optimizer(parts, self.config, self.layers)
-        settings = SimpleNamespace(beta1=0.8, beta2=0.8, target_r=2, tinit=2, tfinal=4, total_step=STEPS, deltaT=2)
+        settings = SimpleNamespace(beta1=0.8, beta2=0.8, target_r=2, tinit=2, tfinal=4, total_step=STEPS, deltaT=3)
         self.allocator = RankAllocator(self.peft, settings, "default")
 
     def loss(self, parts: Any) -> torch.Tensor:
@@ -79,7 +81,7 @@ def test_scores_and_closed_gates_are_pefts() -> None:
         skew = [torch.linalg.matrix_norm(f @ f.T - torch.eye(4)) for a, b, _ in both.theirs() for f in (a, b.T)]
         (both.loss(both.theirs()) + 0.3 * sum(skew) / len(skew)).backward()
         reference.step()
-        both.allocator.update_and_allocate(both.peft, step)
+        both.allocator.update_and_allocate(both.peft, step, force_mask=step == STEPS - 4)  # as AdaLoraModel does
         for (a, b, g), (ta, tb, tg) in zip(both.ours(), both.theirs(), strict=True):
             torch.testing.assert_close(g, tg.reshape(-1), atol=1e-9, rtol=0)
             torch.testing.assert_close(a, ta, atol=1e-9, rtol=0)
@@ -91,6 +93,18 @@ def test_scores_and_closed_gates_are_pefts() -> None:
             torch.testing.assert_close(both.optimizer._score(layer), theirs, atol=1e-12, rtol=1e-9)
         closed.append(sum(int((g == 0).sum()) for _, _, g in both.ours()))
     assert closed[-1] == 4 and closed[0] == 0 and max(closed) == 4 and len(set(closed)) > 2
+
+
+@pytest.mark.parametrize(("last", "every"), [(0, 3), (1, 5), (4, 100)])
+def test_the_last_steps_keep_the_budget_whatever_the_period(last: int, every: int) -> None:
+    both = Peers(last=last, every=every)
+    closed = []
+    for _ in range(STEPS):
+        both.optimizer.zero_grad()
+        both.loss(both.ours()).backward()
+        both.optimizer.step()
+        closed.append(sum(int((g == 0).sum()) for _, _, g in both.ours()))
+    assert closed[-last - 1 :] == [4] * (last + 1)
 
 
 def test_the_budget_falls_as_a_cube() -> None:

@@ -20,6 +20,11 @@ from cola_core.errors import UserError, suggest
 PARAMS = yaml.safe_load((Path(__file__).parent.parent / "params.yaml").read_text())
 
 
+ALORA = {"kind": "alora", "first": 39, "every": 1, "rounds": 1, "ranks": 1}
+BEAM = {"kind": "beam_lora", "every": 20, "share": 0.9, "schedule": "rising"}
+ADALORA = {"kind": "adalora", "rank": 7, "first": 1, "last": 1, "every": 1, "smoothing": 0.8, "orthogonal": 0.1}
+
+
 def changed(key: str, value: Any) -> dict[str, Any]:
     """params.yaml with one dotted key set; a value of ... removes it."""
     raw = copy.deepcopy(PARAMS)
@@ -89,6 +94,7 @@ def test_the_committed_parameters_are_right() -> None:
             "chain.1: prepare.kind 'choice' with fetch.model.kind 'encoder': classify needs an encoder",
         ),
         ("link.bias", "lora", "chain.1: link.bias 'lora' with merge.flat_adapter"),
+        ("link.pruning", ALORA | {"first": 40}, "chain.1: link.pruning.first 40 with link.steps 40: no round"),
     ],
 )
 def test_one_clear_line(key: str, value: Any, line: str) -> None:
@@ -125,6 +131,36 @@ def test_trained_biases_need_a_wide_base() -> None:
     raw["merge"] |= {"flat_adapter": False, "portable_adapter": False}
     with pytest.raises(UserError, match=r"chain\.1: link\.bias 'lora' with machine\.dtype 'bf16'"):
         check_params(raw)
+
+
+def test_rounds_that_fit_are_taken() -> None:
+    raw = changed("link.pruning", ALORA)
+    check_params(raw)
+    raw["link"] |= {"pruning": BEAM, "parametrisation": {"kind": "softmax_gated", "temperature": 1.0}}
+    raw["link"]["initialiser"] = "kaiming"
+    check_params(raw)
+    raw["link"]["pruning"] = BEAM | {"every": 21}
+    with pytest.raises(UserError, match=r"link\.pruning\.every 21 with link\.steps 40: no rank would ever be pruned"):
+        check_params(raw)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("keep", "best", "link.keep 'best' with link.update 'adalora': a step before the budget is final"),
+        ("patience", 3, "link.patience with link.update 'adalora': a step before the budget is final"),
+        ("update", ADALORA | {"rank": 8}, "link.update.rank 8 with allocate.rank 8: no gate would ever be closed"),
+        ("update", ADALORA | {"first": 39}, "link.update: first and last are 40 steps together: fewer than link.steps"),
+    ],
+)
+def test_a_budget_that_would_not_be_kept_is_refused(key: str, value: Any, line: str) -> None:
+    gates = {"parametrisation": {"kind": "gated", "start": "zero"}, "initialiser": "gaussian"}
+    raw = changed("link", {**PARAMS["link"], **gates, "update": ADALORA, "keep": "last"})
+    check_params(raw)
+    raw["link"][key] = value
+    with pytest.raises(UserError) as caught:
+        check_params(raw)
+    assert str(caught.value).startswith(f"params.yaml: chain.1: {line}")
 
 
 def test_a_uniform_rank_needs_as_many_sketch_rows() -> None:

@@ -166,6 +166,7 @@ def test_input_and_middle_shortcuts_read_what_the_block_before_read(kind: str) -
     expected = torch.tanh(second(y) + 0.5 * low @ b[1])
     torch.testing.assert_close(net(x), expected)
     ratio = x.norm() / y.norm() if kind != "res_ms_weights" else a[0].norm() / a[1].norm()
+    form.settle(layers[names[1]])
     pair = layers[names[1]].pair()
     torch.testing.assert_close(pair.b @ pair.a, (1 + ratio.detach()) * b[1].T @ a[1])
     alone = layers[names[0]].pair()
@@ -174,6 +175,7 @@ def test_input_and_middle_shortcuts_read_what_the_block_before_read(kind: str) -
         before = layers[names[1]].ratios.clone()
         with torch.no_grad():
             net(2 * x)
+        form.settle(layers[names[1]])
         assert torch.equal(layers[names[1]].ratios, before), "a validation is no training batch"
 
 
@@ -184,6 +186,8 @@ def test_the_window_forgets_what_is_older_than_100_batches(kind: str, tmp_path: 
     batch = objective.training_batch(job.train[:2])
     for _ in range(103):
         objective(batch)
+        assert not layer.ratios.any(), "a step that is not taken changes nothing"
+    layer.form.settle(layer)
     assert int(layer.batches) == 103 and bool((layer.ratios > 0).all())
     layer.ratios.fill_(0.25)
     assert float(layer.pair().b[0, 0] / layer.B[0, 0]) == pytest.approx(1.25)

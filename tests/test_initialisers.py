@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cola_core.knot import open_chain
 from cola_core.models import adaptable
 from cola_core.start import first_layers, first_pairs
 from tests.lab import FAMILIES, FP64, base_of, chain_of, logits_of, root_of, rows_of, start_of, task_of
-from tests.points import job_at
+from tests.points import job_at, walk
 
 DIRECTIONS = {
     "ArB2r": (slice(0, 4), slice(4, 8)),
@@ -117,9 +118,35 @@ def test_where_the_weights_give_up_the_start_no_logit_moves(family: str, kind: s
     assert all(float((p.b @ p.a).norm()) < 1e-9 for p in merged.values()), "and the file says so too"
 
 
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 2, 3)])
+def test_momentum_takes_what_the_last_link_trained_and_not_what_weights_gave_up_for_it(
+    ranks: tuple[int, ...], tmp_path: Path
+) -> None:
+    chain, link = root_of("llama", tmp_path), {"initialiser": {"kind": "momentum", "momentum": 0.25}}
+    for rank in ranks[:2]:
+        chain = walk(job_at("llama", chain, link, allocation={"rank": rank}), tmp_path)
+    assert set(chain[2].record["given_ranks"].values()) == {ranks[1]} and not chain[1].record["given_ranks"]
+    job = job_at("llama", chain, link, allocation={"rank": ranks[2]})
+    firsts = first_pairs(open_chain(job.base, chain, job.task, FP64).model, job)
+    for name, pair in chain[2].adapter().pairs.items():
+        own, most = ranks[1], min(ranks[1:])
+        assert pair.rank == 2 * own
+        torch.testing.assert_close(firsts[name].a[:most], 0.5 * pair.a[:most].double())
+        assert not firsts[name].b[:, most:].any(), "a rank that is new starts as LoRA does"
+
+
+def test_momentum_starts_anew_where_the_last_link_did_not_train(tmp_path: Path) -> None:
+    link = {"initialiser": {"kind": "momentum", "momentum": 0.25}, "keep_link": "if_better"}
+    chain = walk(job_at("llama", root_of("llama", tmp_path), link), tmp_path)
+    chain[1].record["kept"] = False
+    job = job_at("llama", chain, link)
+    firsts = first_pairs(open_chain(job.base, chain, job.task, FP64).model, job)
+    assert all(not first.kept and not first.b.any() and first.a.any() for first in firsts.values())
+
+
 def test_momentum_leaves_a_share_in_the_pair_whatever_the_scales_and_ranks() -> None:
     last = Pair(random(3, 16), random(8, 3, seed=1), 0.5)
-    start = Start(torch.zeros(8, 16), 4, 2.0, {}, [Pair(random(2, 16), random(8, 2), 1.0), last], 0, 2, "m")
+    start = replace(start_of(torch.zeros(8, 16), 4, 2.0), last=last)
     first = INITIALISERS["momentum"](start, Momentum(kind="momentum", momentum=0.25))
     torch.testing.assert_close(2.0 * first.b @ first.a, 0.25 * 0.5 * last.b @ last.a)
     torch.testing.assert_close(first.a[:3], 0.5 * last.a)

@@ -62,8 +62,7 @@ AXES: dict[str, list[Any]] = {
     "machine.dtype": ["fp32", "bf16", "fp64"],
     "profile.probe": ["none", "one_batch", "accumulate", "sampled"],
 }
-SMALL = {"profile.sketch": 8, "allocate.rank": 2, "allocate.r_min": 1, "allocate.r_max": 4, "link.steps": 2,
-         "link.clip": None}  # fmt: skip
+SMALL = {"profile.sketch": 8, "allocate.rank": 2, "allocate.r_min": 1, "allocate.r_max": 4, "link.clip": None}
 NEEDS = {"gora": "sketch", "lora_ga": "gradient", "eva": "activations"}
 
 
@@ -81,7 +80,16 @@ def completed(choice: Choice) -> Choice:
     wanted = [name_of(choice["link.initialiser"]), name_of(choice["allocate.allocator"]).replace("gora", "")]
     if choice["link.initialiser"] == "gaussian":
         choice = {**choice, "link.parametrisation": {"kind": "gated", "start": "zero"}}
-    return {**choice, **SMALL, "profile.directions": sorted({NEEDS[name] for name in wanted if name in NEEDS})}
+    steps, kept = 4 if name_of(choice["link.pruning"]) == "beam_lora" else 2, "best"
+    if name_of(choice["link.update"]) == "adalora":
+        kept = "last"
+    return {
+        **choice,
+        **SMALL,
+        "link.steps": steps,
+        "link.keep": kept,
+        "profile.directions": sorted({NEEDS[name] for name in wanted if name in NEEDS}),
+    }
 
 
 def _pair(key: str, index: int, other: str, second: int) -> Pair:
@@ -134,7 +142,8 @@ def raw(choice: Choice) -> dict[str, Any]:
     links = 1 if choice["schedule.kind"] == "none" else 2
     params["chain"] = {str(k): {**copy.deepcopy(params["chain"]["1"]), "prev": str(k - 1), "profile_from": str(k)}
                        for k in range(1, links + 1)}  # fmt: skip
-    for key, value in {**completed(choice), "schedule.horizon": 2 * links}.items():
+    chosen = completed(choice)
+    for key, value in {**chosen, "schedule.horizon": chosen["link.steps"] * links}.items():
         section, field = key.split(".")
         params[section][field] = value
     for item in params["chain"].values():
@@ -166,7 +175,7 @@ def test_what_is_refused_is_told_with_both_names_and_a_reason(refusal: Any) -> N
 
 @pytest.mark.parametrize("number", range(len(RECIPES)))
 def test_it_trains_merges_and_reloads(number: int, tmp_path: Path) -> None:
-    """Two steps a link; the chain read back from its files gives the scores that the knot was tied with (law 3)."""
+    """A few steps a link; the chain read back from its files gives the scores that the knot was tied with (law 3)."""
     choice = RECIPES[number]
     sections: dict[str, dict[str, Any]] = {"link": {}, "profile": {}, "allocate": {}, "schedule": {}, "machine": {}}
     for key, value in completed(choice).items():

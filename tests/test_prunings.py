@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from cola_core.axes.prunings import PRUNINGS
 from cola_core.axes.updates import build_optimizer
+from cola_core.errors import UserError
 from cola_core.forms.gates import softmax_gates
 from cola_core.health import Course
 from cola_core.knot import open_chain
@@ -243,3 +244,10 @@ def test_a_round_stopped_while_it_measures_ends_with_that_loss_and_is_resumed(
     assert whole.pairs.keys() == resumed.pairs.keys() and calls[0] > 8
     for name, pair in whole.pairs.items():
         assert torch.equal(pair.a, resumed.pairs[name].a) and torch.equal(pair.b, resumed.pairs[name].b), name
+
+
+def test_ranks_that_move_are_refused_to_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"^link\.pruning 'alora' with more than one process: the shapes of A and B"):
+        PRUNINGS["alora"]({}, None, None, None)  # type: ignore[arg-type]

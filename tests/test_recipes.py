@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cola_core.errors import UserError
 from cola_core.export import flat_adapter, write_flat
 from cola_core.lineage import Link, read_chain
 from cola_core.links import run_link
+from cola_core.train import Training
 from tests.lab import FP32, die_after, logits_of, model_of, root_of, rows_of
 from tests.points import job_at
 
@@ -70,17 +72,44 @@ def test_a_recipe_trains_chains_and_is_loaded_by_peft(recipe: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("recipe", sorted(METHODS))
-def test_law_7_a_recipe_resumes_bit_for_bit(recipe: str, tmp_path: Path) -> None:
+def test_law_7_a_recipe_resumes_bit_for_bit(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second link of a chain, killed and stopped, where it has rounds of pruning between them too."""
     chain = grown(recipe, root_of("llama", tmp_path), tmp_path)
-    whole, _, undisturbed = run_link(job_of(recipe, chain))
-    job = job_of(recipe, chain)
-    job = type(job)(**{**vars(job), "checkpoint": tmp_path / "state.safetensors"})
+    resumes(job_of(recipe, chain), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["res_is", "res_ms"])
+def test_law_7_shortcuts_resume_bit_for_bit(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = {"kind": kind, **({} if kind == "res_is" else {"previous": 1})}
+    resumes(job_of("lora", root_of("llama", tmp_path), parametrisation=form), tmp_path, monkeypatch)
+
+
+def resumes(job: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after steps, stopped after one and in the middle of another, it ends as if it had run undisturbed."""
+    whole, _, undisturbed = run_link(job)
+    job = replace(job, checkpoint=folder / "state.safetensors")
     for step, how in ((1, GeneratorExit), (3, GeneratorExit), (5, KeyboardInterrupt)):
         with pytest.raises(how):
             run_link(job, die_after(step, how))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Training, "_gradients", stopped_after(2, Training._gradients))
+        run_link(job)
     resumed, _, progress = run_link(job)
     assert progress.losses == undisturbed.losses
     assert whole.pairs.keys() == resumed.pairs.keys()
     for name, pair in whole.pairs.items():
         assert torch.equal(pair.a, resumed.pairs[name].a) and torch.equal(pair.b, resumed.pairs[name].b), name
+
+
+def stopped_after(calls: int, honest: Any) -> Any:
+    """Ctrl-C right after so many batches' gradients, before the step they are for."""
+    left = [calls]
+
+    def gradients(training: Training, rows: Any) -> Any:
+        found = honest(training, rows)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return found
+
+    return gradients

@@ -206,3 +206,16 @@ def test_mgpo_takes_its_gradient_a_step_up_the_momentum(rho: float) -> None:
                 p.copy_(old)
         reference.step()
     equal(ours, theirs)
+
+
+def test_what_stops_mgpo_on_its_way_finds_every_parameter_put_back() -> None:
+    """Training keeps a checkpoint of what it then finds (law 7)."""
+    ours = trained()
+    optimizer: Any = build_optimizer(ours, config_of({"kind": "lora_mgpo", "rho": 0.4, "smoothing": 0.9}))
+    quadratic(ours).backward()
+    optimizer.step()
+    last, before = ours[-1][2], [p.detach().clone() for _, _, p in ours]
+    optimizer.state[last]["exp_avg"] = optimizer.state[last]["exp_avg"].new_zeros(2, 3, 5, 7)
+    with pytest.raises(RuntimeError, match="must match the size"), optimizer.around():  # it breaks off at the last sum
+        pass
+    assert len(ours) > 1 and all(torch.equal(old, p) for old, (_, _, p) in zip(before, ours, strict=True))

@@ -26,7 +26,8 @@ class Start:
 
     weight: W, out x in, in the master dtype; rank: r; scale: s; directions: what the link's own profile kept of the
     module (see `cola_core.directions`; `sketch`: S = G A_max^T, out x rows); earlier: the pairs that the chain has
-    merged into it; seed, link, module: its random stream; store: `link.quantise`.
+    merged into it; seed, link, module: its random stream; store: `link.quantise`; last: what the link just before
+    trained, without what W gave up for it; None where it left the module alone.
     """
 
     weight: Tensor
@@ -38,6 +39,7 @@ class Start:
     link: int
     module: str
     store: str = "none"
+    last: Pair | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,7 +129,7 @@ DIRECTIONS: dict[str, Callable[[int], tuple[range, range]]] = {
 
 
 def _within(which: range, count: int) -> list[int]:
-    """A small matrix has fewer than 2 r singular vectors: then the last ones it has, as many as asked for."""
+    """A small matrix has fewer than 2 r singular vectors: then they are counted from the first again."""
     return [index % count for index in which] if which[-1] >= count else list(which)
 
 
@@ -164,12 +166,12 @@ def _span(pairs: Sequence[Pair]) -> Tensor | None:
 def momentum(start: Start, options: Any) -> First:
     """A share of the last link's update stays in the pair: sqrt(m) A and sqrt(m) B, and W gives up m dW.
 
-    PeriodicLoRA's partial unloading (arXiv 2402.16141, section 3): the function goes on unchanged. The first link, and
-    ranks that the last link did not have, start as LoRA does.
+    PeriodicLoRA's partial unloading (arXiv 2402.16141), by the rule of a third party's port: the function goes on
+    unchanged. The first link, and ranks that the last link did not have, start as LoRA does.
     """
     first = kaiming(start, options)
-    if start.earlier:
-        last, root = start.earlier[-1], math.sqrt(options.momentum)
+    if start.last:
+        last, root = start.last, math.sqrt(options.momentum)
         rank = min(start.rank, last.rank)
         first.a[:rank] = root * last.a[:rank].double()
         first.b[:, :rank] = root * last.scale / start.scale * last.b[:, :rank].double()

@@ -37,6 +37,7 @@ class Form:
     low: r numbers per token, A x unless the form says otherwise;
     merged: A and B that stand for the layer when it is merged, None for `factors`; exact: whether they compute what
         the layer does;
+    settle: what follows a step that was taken;
     stored: what the link's file holds of the layer's A and B, where the rest can be drawn again.
     """
 
@@ -46,6 +47,7 @@ class Form:
     low: Callable[[LoRA, Tensor, Tensor], Tensor] = lambda layer, x, a: functional.linear(layer.dropout(x), a)
     merged: Callable[[LoRA], tuple[Tensor, Tensor]] | None = None
     exact: bool = True
+    settle: Callable[[LoRA], None] = lambda layer: None
     stored: Callable[[LoRA], tuple[Tensor, Tensor]] | None = None
 
 
@@ -75,14 +77,20 @@ PARAMETRISATIONS = {
     "gated": Form(gates.start_gates, gates.gated, merged=gates.open_ranks),
     "softmax_gated": Form(gates.start_scores, gates.softmax_gated),
     "res_is": Form(
-        shortcuts.remember, own, shortcuts.connect, shortcuts.input_low, merged=shortcuts.by_inputs, exact=False
+        *(shortcuts.remember, own, shortcuts.connect, shortcuts.input_low, shortcuts.by_inputs),
+        exact=False,
+        settle=shortcuts.settle,
     ),
     "res_bs": Form(nothing, shortcuts.block_factors, shortcuts.connect),
     "res_ms": Form(
-        shortcuts.remember, own, shortcuts.connect, shortcuts.middle_low, merged=shortcuts.by_inputs, exact=False
+        *(shortcuts.remember, own, shortcuts.connect, shortcuts.middle_low, shortcuts.by_inputs),
+        exact=False,
+        settle=shortcuts.settle,
     ),
     "res_ms_weights": Form(
-        shortcuts.remember, own, shortcuts.connect, shortcuts.middle_low, shortcuts.by_weights, exact=False
+        *(shortcuts.remember, own, shortcuts.connect, shortcuts.middle_low, shortcuts.by_weights),
+        exact=False,
+        settle=shortcuts.settle,
     ),
     "nola": Form(nola.prepare, nola.factors, nola.connect, stored=own),
 }

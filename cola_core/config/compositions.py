@@ -56,6 +56,7 @@ REFUSALS = (
     _no(INITIALISER, f"{STEPPING} cora eva", PARAMETRISATION, "nola", "its start could not be drawn again from a seed"),
     _no(ALLOCATOR, "gora eva", PARAMETRISATION, "res_ms res_ms_weights", "A of one block feeds another's B"),
     _no(UPDATE, "lora_plus", PARAMETRISATION, "frozen_a frozen_b", "one factor alone trains, so there is no ratio"),
+    _no(UPDATE, "penalised", PARAMETRISATION, "nola", "A and B are coefficients there, and no factors to be bounded"),
     _no(UPDATE, "lora_pro lora_rite", PARAMETRISATION, NOT_PLAIN, "it steps both A and B, of s B A alone"),
     _no(UPDATE, "proximal", PARAMETRISATION, f"{PAIRS} softmax_gated {SHORTCUTS}", "it thresholds free gates"),
     _no(UPDATE, "adalora", PARAMETRISATION, f"{PAIRS} softmax_gated {SHORTCUTS}", "it closes free gates"),

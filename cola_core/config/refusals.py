@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from cola_core.config.compositions import OWN_PROFILE, SHORTCUTS, STEPPING, refused
 from cola_core.config.federation import refused_federation
 from cola_core.config.recipe import LinkConfig, ProfileConfig
+from cola_core.config.rounds import refused_rounds
 from cola_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def check_composition(params: Params, key: str, knot: Knot, source: ProfileConfi
         raise UserError(f"params.yaml: chain.{key}: {reason}")
     federated = refused_federation(knot.link, links, source, params.prepare.kind, params.fetch.model.kind)
     numbers, outputs = _refused_numbers(params, key, knot, source), _refused_outputs(params, knot, source)
-    for wrong, reason in [*numbers, *outputs, *federated]:
+    for wrong, reason in [*numbers, *outputs, *federated, *refused_rounds(knot.link, knot.allocate.rank)]:
         if wrong:
             raise UserError(f"params.yaml: chain.{key}: {reason}")
 
@@ -77,9 +78,6 @@ def _refused_numbers(params: Params, key: str, knot: Knot, source: ProfileConfig
         ((start == "gaussian") != (gates == "zero"),
          f"link.parametrisation.start {gates!r} with link.initialiser {start!r}: zero and 'gaussian' go together, "
          "or nothing would train, or the model would change"),
-        (knot.link.update.kind == "adalora" and _idle(knot.link) >= knot.link.steps,
-         f"link.update: first and last are {_idle(knot.link)} steps together: fewer than link.steps "
-         f"({knot.link.steps}) leave some in which the budget falls"),
         (form.kind in SHORTCUTS.split() and form.kind != "res_bs" and knot.link.activation_checkpointing,
          f"link.activation_checkpointing with link.parametrisation {form.kind!r}: a layer computed again would read "
          "what a later block left"),
@@ -89,6 +87,9 @@ def _refused_numbers(params: Params, key: str, knot: Knot, source: ProfileConfig
          f"allocate.allocator 'eva' with profile.directions {source.directions}: it needs 'activations' among them"),
         ("gradient" in source.directions and source.probe in ("none", "sampled"),
          f"profile.directions 'gradient' with profile.probe {source.probe!r}: singular vectors need whole gradients"),
+        (given and source.sketch < rank,
+         f"profile.sketch {source.sketch} below allocate.{most} {rank}: a basis of so many directions is completed by "
+         "random ones; raise profile.sketch"),
         (given and "sisters" not in source.directions,
          f"link.initialiser.sisters 'given' with profile.directions {source.directions}: it needs 'sisters' there"),
         ("sisters" in source.directions and not params.fetch.sisters,
@@ -96,11 +97,6 @@ def _refused_numbers(params: Params, key: str, knot: Knot, source: ProfileConfig
         (allocator == "gora" and not knot.allocate.r_min <= knot.allocate.rank <= knot.allocate.r_max,
          "allocate.rank outside [r_min, r_max]: the reference rank must be reachable"),
     ]  # fmt: skip
-
-
-def _idle(link: LinkConfig) -> int:
-    """Steps of a link in which AdaLoRA's budget does not fall."""
-    return int(getattr(link.update, "first", 0) + getattr(link.update, "last", 0))
 
 
 def _refused_outputs(params: Params, knot: Knot, source: ProfileConfig) -> list[tuple[bool, str]]:

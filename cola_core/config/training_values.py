@@ -9,7 +9,7 @@ from pydantic import Field
 from cola_core.config.base import Strict
 from cola_core.config.values import Tagged, Value
 
-__all__ = ["AdaLora", "FedAvg", "LoraPro", "LoraRite", "Pruning", "Update"]
+__all__ = ["Ablation", "AdaLora", "Beam", "FedAvg", "LoraPro", "LoraRite", "Pruning", "Update"]
 
 
 class Adam(Value):

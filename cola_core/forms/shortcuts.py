@@ -14,9 +14,9 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from cola_core.adapters import LoRA
 
-__all__ = ["block_factors", "by_inputs", "by_weights", "connect", "input_low", "middle_low", "remember"]
+__all__ = ["block_factors", "by_inputs", "by_weights", "connect", "input_low", "middle_low", "remember", "settle"]
 
-WINDOW = 100  # training batches whose inputs' sizes are remembered
+WINDOW = 100  # training micro-batches whose inputs' sizes are remembered
 
 
 def connect(layers: Mapping[str, LoRA], options: Any) -> None:
@@ -39,9 +39,18 @@ def connect(layers: Mapping[str, LoRA], options: Any) -> None:
 
 
 def remember(layer: LoRA, options: Any, seed: int) -> None:
-    """Ratios of earlier inputs' sizes to the layer's own, of the last WINDOW batches, are part of its state."""
+    """Ratios of earlier inputs' sizes to the layer's own, of the last WINDOW micro-batches, are part of its state."""
     layer.register_buffer("ratios", torch.zeros(WINDOW, dtype=torch.float64))
     layer.register_buffer("batches", torch.zeros((), dtype=torch.long))
+    layer.fresh = []
+
+
+def settle(layer: LoRA) -> None:
+    """The ratios of a step that was taken are remembered; those of one that is stopped and repeated are not (law 7)."""
+    for ratio in layer.fresh:
+        layer.ratios[layer.batches % WINDOW] = ratio
+        layer.batches += 1
+    layer.fresh.clear()
 
 
 def block_factors(layer: LoRA) -> tuple[Tensor, Tensor]:
@@ -81,7 +90,5 @@ def _inputs(layer: LoRA, x: Tensor) -> list[Tensor]:
     earlier = [other.seen for other in layer.previous]
     if earlier and torch.is_grad_enabled():
         with torch.no_grad():
-            ratio = sum(float(seen.norm()) for seen in earlier) / max(float(x.norm()), 1e-30)
-            layer.ratios[layer.batches % WINDOW] = ratio
-            layer.batches += 1
+            layer.fresh.append(sum(float(seen.norm()) for seen in earlier) / max(float(x.norm()), 1e-30))
     return earlier

@@ -23,7 +23,7 @@ class AdaLora(AdamW):
     The loss takes on `orthogonal` times the mean of ||P^T P - I||_F and ||Q Q^T - I||_F over modules. After each step a
     number counts as its sensitivity |w dL/dw|, smoothed, times the smoothed distance from that mean; a triplet's score
     is its gate's plus the means over its row of Q and its column of P. Gates beyond the budget become 0 at every
-    `every`th step, and may grow again until the budget is final.
+    `every`th step, and may grow again until the budget is final, `last` steps before the end.
     """
 
     def __init__(self, groups: Any, layers: Mapping[str, LoRA], options: Options, steps: int, **settings: Any) -> None:
@@ -48,7 +48,7 @@ class AdaLora(AdamW):
                 for layer in self.layers.values():
                     for parameter in (layer.A, layer.B, layer.gate):
                         self._notice(parameter)
-            if done > last or (done > options.first and done % options.every == 0):
+            if done >= last or (done > options.first and done % options.every == 0):
                 self._keep(budget(done, self.whole, options.rank * len(self.layers), options, self.steps))
 
     def _notice(self, parameter: Parameter) -> None:
@@ -82,7 +82,7 @@ def budget(step: int, whole: int, target: int, options: Options, steps: int) -> 
     """Open gates after `step` steps: all at first, then a cube's fall to the target, which the last steps keep."""
     if step <= options.first:
         return whole
-    if step > steps - options.last:
+    if step >= steps - options.last:
         return target
     left = 1 - (step - options.first) / (steps - options.last - options.first)
     return int((whole - target) * left**3 + target)

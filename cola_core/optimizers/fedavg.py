@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed
 from torch.optim import SGD, Optimizer
 
 from cola_core.config.training_values import FedAvg as Options
-from cola_core.errors import UserError
 from cola_core.interrupts import uninterrupted
 from cola_core.optimizers.privacy import Reading, check_accountant, epsilon, private_gradient
 from cola_core.optimizers.shards import Rounds, shards
+from cola_core.processes import check_alone
 from cola_core.seeds import derive
 
 if TYPE_CHECKING:
@@ -45,8 +44,7 @@ class FedAvg(Optimizer):
         self.trained = [p for group in self.param_groups for p in group["params"]]
         if self.options.privacy:
             check_accountant()
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise UserError("link.update 'fedavg' with more than one process: its clients train one after the other")
+        check_alone("link.update 'fedavg'", "its clients train one after the other")
 
     def plan(self, rows: Sequence[Row], course: Course) -> Rounds:
         """Every round's batches; a client holds the same rows in every link of a chain."""

@@ -1,5 +1,7 @@
 """LoRA-RITE, arXiv 2410.20625: a matrix preconditioner for which the step of W depends on B A alone, not on A and B.
 
+As long as the factors' smallest singular values are above `cutoff` of their largest.
+
 Each factor is taken as a tall matrix, B (out x r) and A^T (in x r), whose partner is the other one. With the partner's
 thin QR decomposition Q R, the gradient g of a factor is turned into one with respect to Q, g R^-1: it has forgotten how
 large the partner is, and its moments are kept in the coordinates of Q.

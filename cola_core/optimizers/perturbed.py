@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW
 
 from cola_core.adapters import LoRA
+from cola_core.interrupts import uninterrupted
 from cola_core.models import as_matrix
 from cola_core.optimizers.privacy import Reading
 
@@ -23,8 +24,8 @@ class Ggpo(AdamW):
     """LoRA-GGPO, arXiv 2502.14538 v1: AdamW on gradients taken at W + s B A + noise.
 
     Row i of the noise, out x in, is N(0, 1) times (sigma n_i + beta ||g_i||^2) / sqrt(out), with
-    n_i^2 = mean_j ||W_j||^2 + ||s (B A)_i||^2 and g = s (B dA + dB A), the gradient that the pair saw one step before.
-    The formula is that of a third party's code; the first step has no gradient before it and is taken without noise.
+    n_i^2 = (mean_j ||W_j||)^2 + ||s (B A)_i||^2 and g = s (B dA + dB A), what the pair saw one step before. The
+    formula is that of a third party's code; the first step has no gradient before it and is taken without noise.
     """
 
     def __init__(self, groups: Any, layers: Mapping[str, LoRA], sigma: float, beta: float, **settings: Any) -> None:
@@ -68,8 +69,8 @@ class Mgpo(AdamW):
     """LoRA-MGPO, arXiv 2502.14538 v2: AdamW on gradients taken a step up Adam's momentum, theta + rho_t m / ||m||.
 
     No second backward pass is needed. rho_t = rho ||g|| / EMA(||g||), of the gradients before: our reading of its
-    perturbation normalised by smoothed gradient magnitudes, whose constants we do not have. The first step has no
-    momentum and is taken in place.
+    perturbation normalised by smoothed gradient magnitudes, whose constants we do not have. ||g|| is that of the
+    gradient which steps, so `link.clip` bounds it. The first step has no momentum and is taken in place.
     """
 
     def __init__(self, groups: Any, rho: float, smoothing: float, **settings: Any) -> None:
@@ -92,13 +93,13 @@ class Mgpo(AdamW):
         length = float(torch.nn.utils.get_total_norm([m for m in momenta if m is not None]))
         before = [p.detach().clone() for p in trained]
         size = self._size(self.state[trained[0]]["magnitudes"])
-        with torch.no_grad():
-            for p, m in zip(trained, momenta, strict=True):
-                p.add_(m, alpha=size / max(length, 1e-30))  # type: ignore[arg-type]
         try:
+            with torch.no_grad():
+                for p, m in zip(trained, momenta, strict=True):
+                    p.add_(m, alpha=size / max(length, 1e-30))  # type: ignore[arg-type]
             yield
         finally:
-            with torch.no_grad():
+            with uninterrupted(), torch.no_grad():
                 for p, old in zip(trained, before, strict=True):
                     p.copy_(old)
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from cola_core.adapters import LoRA
 from cola_core.health import Course
 from cola_core.interrupts import uninterrupted
+from cola_core.processes import check_alone
 from cola_core.seeds import derive
 
 __all__ = ["Ablation", "moves"]
@@ -33,6 +34,7 @@ class Ablation:
     def __init__(
         self, layers: Mapping[str, LoRA], optimizer: Optimizer, loss: Callable[[], float], course: Course
     ) -> None:
+        check_alone("link.pruning 'alora'", "the shapes of A and B change while it trains")
         self.layers, self.optimizer, self.loss, self.course = layers, optimizer, loss, course
         self.options: Any = course.config.pruning
 

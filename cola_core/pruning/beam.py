@@ -25,7 +25,7 @@ class Beam:
     """Every `every` steps, but for the last so many, the tail of all modules' gates is pruned and expanded.
 
     A pruned slot takes A's row, B's column and their moments of one of the module's best ranks as they were half a
-    period before, which keeps the two from staying the same; both gates become their mean. The function changes.
+    period before, which keeps the two from staying the same; both scores become their mean. The function changes.
     """
 
     def __init__(
