@@ -92,7 +92,7 @@ def resumes(job: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(how):
             run_link(job, die_after(step, how))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Training, "_gradients", stopped_after(2, Training._gradients))
+        patched.setattr(Training, "_gradients", stopped_after(3, Training._gradients))  # step 8; checkpoint_every: 2
         run_link(job)
     resumed, _, progress = run_link(job)
     assert progress.losses == undisturbed.losses
