@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from cola_core.adapters import LoRA
+from cola_core.axes.parametrisations import PARAMETRISATIONS
 from cola_core.axes.prunings import PRUNINGS
 from cola_core.axes.schedules import learning_rate_factor
 from cola_core.axes.updates import build_optimizer
@@ -144,7 +145,7 @@ class Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
             for layer in self.layers.values():
-                layer.form.settle(layer)
+                PARAMETRISATIONS[config.parametrisation.kind].settle(layer)
             progress.step, progress.tokens, progress.random = step + 1, progress.tokens + tokens, random_state()
             progress.losses.append(event)
 

@@ -237,8 +237,12 @@ def test_a_round_stopped_while_it_measures_ends_with_that_loss_and_is_resumed(
 
     monkeypatch.setattr(Training, "_sample_loss", stopped)
     job = replace(job, checkpoint=tmp_path / "state.safetensors")
-    with pytest.raises(KeyboardInterrupt):
-        run_link(job)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_link(job)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert calls == [4]
     resumed, _, _ = run_link(job)
     assert whole.pairs.keys() == resumed.pairs.keys() and calls[0] > 8

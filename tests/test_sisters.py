@@ -102,5 +102,5 @@ def test_a_basis_that_the_sisters_could_not_fill_is_refused(here: Path) -> None:
     raw = yaml.safe_load((here / "params.yaml").read_text())
     raw["profile"]["sketch"] = raw["allocate"]["rank"] - 1
     (here / "params.yaml").write_text(yaml.safe_dump(raw))
-    with pytest.raises(UserError, match=r"a basis of so many directions is completed by random ones; raise profile\.sk"):
+    with pytest.raises(UserError, match=r"directions is completed by random ones; raise profile\.sketch"):
         run("fetch")
