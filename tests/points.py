@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from cola_core.adapter_files import Adapter
 from cola_core.axes.allocators import Question, allocate
 from cola_core.chain import pairs_by_module, write_link
 from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
@@ -17,9 +20,10 @@ from cola_core.lineage import Link, read_chain
 from cola_core.links import run_link
 from cola_core.models import adaptable, as_matrix, load_base, weight_shape
 from cola_core.probe import probe
-from tests.lab import FP32, LINK, PROFILE, base_of, rows_of, task_of
+from cola_core.train import Training
+from tests.lab import FP32, LINK, PROFILE, base_of, die_after, rows_of, task_of
 
-__all__ = ["ALLOCATE", "job_at", "walk"]
+__all__ = ["ALLOCATE", "job_at", "resumes", "walk"]
 
 ALLOCATE = AllocateConfig(allocator="uniform", rank=2, r_min=1, r_max=4, features="sqrt")
 
@@ -83,3 +87,37 @@ def walk(job: LinkJob, folder: Path) -> list[Link]:
     path = folder / f"links/{len(job.chain)}/adapter"
     write_link(path, adapter, record, {"losses.csv": str([event["loss"] for event in progress.losses])})
     return read_chain(path)
+
+
+def resumes(job: LinkJob, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Adapter:
+    """Law 7: killed after steps, stopped after one and in the middle of another, it ends as if it ran undisturbed."""
+    whole, record, undisturbed = run_link(job)
+    job = replace(job, checkpoint=folder / "state.safetensors")
+    for step, how in ((1, GeneratorExit), (3, GeneratorExit), (5, KeyboardInterrupt)):
+        with pytest.raises(how):
+            run_link(job, die_after(step, how))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Training, "_gradients", _stopped_after(3, Training._gradients))  # a step without a checkpoint
+        run_link(job)
+    resumed, again, progress = run_link(job)
+    assert progress.losses == undisturbed.losses and again == record
+    assert whole.pairs.keys() == resumed.pairs.keys() and whole.bases.keys() == resumed.bases.keys()
+    for name, pair in whole.pairs.items():
+        assert torch.equal(pair.a, resumed.pairs[name].a) and torch.equal(pair.b, resumed.pairs[name].b), name
+    assert all(torch.equal(held.codes, resumed.bases[name].codes) for name, held in whole.bases.items())
+    assert all(torch.equal(tensor, resumed.head[name]) for name, tensor in whole.head.items())
+    return resumed
+
+
+def _stopped_after(calls: int, honest: Any) -> Any:
+    """Ctrl-C right after so many batches' gradients, before the step they are for."""
+    left = [calls]
+
+    def gradients(training: Training, rows: Any) -> Any:
+        found = honest(training, rows)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return found
+
+    return gradients

@@ -301,7 +301,7 @@ class Reads:
         monkeypatch.setattr(Training, "_gradients", gradients)
 
 
-CASES = [*((family, None) for family in FAMILIES), ("llama", PRIVATE), ("bert", PRIVATE)]
+CASES = [(family, private) for family in ("llama", "bert") for private in (None, PRIVATE)]
 
 
 @pytest.mark.parametrize(("family", "private"), CASES, ids=[f"{f}-{'private' if p else 'open'}" for f, p in CASES])

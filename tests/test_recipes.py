@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from peft import PeftModel
 
@@ -17,9 +15,8 @@ from cola_core.errors import UserError
 from cola_core.export import flat_adapter, write_flat
 from cola_core.lineage import Link, read_chain
 from cola_core.links import run_link
-from cola_core.train import Training
-from tests.lab import FP32, die_after, logits_of, model_of, root_of, rows_of
-from tests.points import job_at
+from tests.lab import FP32, logits_of, model_of, root_of, rows_of
+from tests.points import job_at, resumes
 
 METHODS = {path.stem: path for path in (Path(__file__).parent.parent / "conf/method").glob("*.yaml")}
 MERGED_ONLY = {"loftq"}  # their links replace the frozen weights
@@ -82,34 +79,3 @@ def test_law_7_a_recipe_resumes_bit_for_bit(recipe: str, tmp_path: Path, monkeyp
 def test_law_7_shortcuts_resume_bit_for_bit(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     form = {"kind": kind, **({} if kind == "res_is" else {"previous": 1})}
     resumes(job_of("lora", root_of("llama", tmp_path), parametrisation=form), tmp_path, monkeypatch)
-
-
-def resumes(job: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after steps, stopped after one and in the middle of another, it ends as if it had run undisturbed."""
-    whole, _, undisturbed = run_link(job)
-    job = replace(job, checkpoint=folder / "state.safetensors")
-    for step, how in ((1, GeneratorExit), (3, GeneratorExit), (5, KeyboardInterrupt)):
-        with pytest.raises(how):
-            run_link(job, die_after(step, how))
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Training, "_gradients", stopped_after(3, Training._gradients))  # step 8; checkpoint_every: 2
-        run_link(job)
-    resumed, _, progress = run_link(job)
-    assert progress.losses == undisturbed.losses
-    assert whole.pairs.keys() == resumed.pairs.keys()
-    for name, pair in whole.pairs.items():
-        assert torch.equal(pair.a, resumed.pairs[name].a) and torch.equal(pair.b, resumed.pairs[name].b), name
-
-
-def stopped_after(calls: int, honest: Any) -> Any:
-    """Ctrl-C right after so many batches' gradients, before the step they are for."""
-    left = [calls]
-
-    def gradients(training: Training, rows: Any) -> Any:
-        found = honest(training, rows)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return found
-
-    return gradients
