@@ -21,7 +21,7 @@ from cola_core.quantisation import Quantised, restore
 from cola_core.root import seal
 from cola_core.tensors import load_tensors
 
-__all__ = ["head_of", "last_trained", "moved", "pairs_by_module", "tie", "write_link"]
+__all__ = ["earlier_pairs", "head_of", "moved", "pairs_by_module", "tie", "write_link"]
 
 
 def write_link(folder: Path, adapter: Adapter, record: dict[str, Any], extra: dict[str, str]) -> None:
@@ -74,19 +74,14 @@ def tie(model: PreTrainedModel, chain: Sequence[Link]) -> Iterator[tuple[int, di
 
 def pairs_by_module(chain: Sequence[Link]) -> dict[str, list[Pair]]:
     """module -> the pairs that the chain has merged into it, in order."""
-    merged: dict[str, list[Pair]] = {}
-    for link in chain[1:]:
-        for name, pair in _merged(link)[0].items():
-            merged.setdefault(name, []).append(pair)
-    return merged
+    return _by_module([_merged(link)[0] for link in chain[1:]])
 
 
-def last_trained(chain: Sequence[Link]) -> dict[str, Pair]:
-    """module -> what the last link trained: its pair without the ranks by which W gave up its start; {} at the root."""
-    given = chain[-1].record.get("given_ranks", {})
-    pairs = _merged(chain[-1])[0] if chain[-1].number else {}
-    own = {name: pair.rank - given.get(name, 0) for name, pair in pairs.items()}
-    return {name: replace(pair, a=pair.a[: own[name]], b=pair.b[:, : own[name]]) for name, pair in pairs.items()}
+def earlier_pairs(chain: Sequence[Link]) -> tuple[dict[str, list[Pair]], dict[str, Pair]]:
+    """The same, and module -> what the last link trained: its pair without the ranks by which W gave up its start."""
+    links, given = [_merged(link)[0] for link in chain[1:]], chain[-1].record.get("given_ranks", {})
+    last = links[-1] if links else {}
+    return _by_module(links), {name: _first_ranks(pair, pair.rank - given.get(name, 0)) for name, pair in last.items()}
 
 
 def moved(chain: Sequence[Link]) -> dict[str, list[Pair] | None]:
@@ -101,6 +96,19 @@ def _merged(link: Link) -> tuple[dict[str, Pair], dict[str, Quantised]]:
         return {}, {}
     adapter = link.adapter()
     return adapter.pairs, adapter.bases
+
+
+def _by_module(links: Sequence[Mapping[str, Pair]]) -> dict[str, list[Pair]]:
+    merged: dict[str, list[Pair]] = {}
+    for pairs in links:
+        for name, pair in pairs.items():
+            merged.setdefault(name, []).append(pair)
+    return merged
+
+
+def _first_ranks(pair: Pair, count: int) -> Pair:
+    count = max(0, count)  # a stranger's link.json may tell of more ranks than there are
+    return replace(pair, a=pair.a[:count], b=pair.b[:, :count])
 
 
 def _check_shapes(link: Link, told: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -71,6 +71,7 @@ class Trained(Strict, extra="ignore"):
     tokens: int
     probe_tokens: int
     trainable_parameters: int
+    given_ranks: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)  # older links have none
     validation_before: float | None
     validation_loss: float
     files: dict[str, str]
@@ -164,7 +165,7 @@ def no_adapter(links: Sequence[Mapping[str, Any]]) -> str | None:
     if not any(link["kept"] for link in links):
         return "no link was kept, so the chain is the base and there is no adapter"
     if any(link.get("replaces_weights") for link in links):
-        return "links trained on quantised weights put them in the place of the base's: it is a merged checkpoint only"
+        return "links trained on quantised weights replace the base's, so the chain is a merged checkpoint only"
     return None
 
 

@@ -11,7 +11,7 @@ from cola_core.adapters import LoRA, Pair, attach
 from cola_core.axes.bases import BASES
 from cola_core.axes.initialisers import INITIALISERS, First, Start
 from cola_core.axes.parametrisations import PARAMETRISATIONS, SCALES
-from cola_core.chain import last_trained, pairs_by_module
+from cola_core.chain import earlier_pairs
 from cola_core.job import LinkJob
 from cola_core.models import adaptable, as_matrix, weight_shape
 from cola_core.quantisation import QuantisedLinear, quantise
@@ -28,7 +28,7 @@ def first_pairs(model: PreTrainedModel, job: LinkJob) -> dict[str, First]:
         model: base and chain, merged, in the master dtype.
     """
     config, modules = job.config, adaptable(model)
-    earlier, last = pairs_by_module(job.chain), last_trained(job.chain)
+    earlier, last = earlier_pairs(job.chain)
     initialise, firsts = INITIALISERS[config.initialiser.kind], {}
     for name, rank in check_ranks(job.ranks, {n: weight_shape(m) for n, m in modules.items()}).items():
         if rank:

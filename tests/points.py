@@ -97,9 +97,11 @@ def resumes(job: LinkJob, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Adap
         with pytest.raises(how):
             run_link(job, die_after(step, how))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Training, "_gradients", _stopped_after(3, Training._gradients))  # a step without a checkpoint
+        patched.setattr(Training, "_gradients", _stopped_in(8, Training._gradients))
         run_link(job)
-    resumed, again, progress = run_link(job)
+    seen: list[int] = []
+    resumed, again, progress = run_link(job, lambda event: seen.append(event["step"]))
+    assert seen[0] == 8, "step 7, no checkpoint's own, was kept when the next one was stopped"
     assert progress.losses == undisturbed.losses and again == record
     assert whole.pairs.keys() == resumed.pairs.keys() and whole.bases.keys() == resumed.bases.keys()
     for name, pair in whole.pairs.items():
@@ -109,14 +111,12 @@ def resumes(job: LinkJob, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Adap
     return resumed
 
 
-def _stopped_after(calls: int, honest: Any) -> Any:
-    """Ctrl-C right after so many batches' gradients, before the step they are for."""
-    left = [calls]
+def _stopped_in(step: int, honest: Any) -> Any:
+    """Ctrl-C right after a batch's gradients, before the step that they are for."""
 
     def gradients(training: Training, rows: Any) -> Any:
         found = honest(training, rows)
-        left[0] -= 1
-        if not left[0]:
+        if training.progress.step == step - 1:
             raise KeyboardInterrupt
         return found
 

@@ -16,6 +16,7 @@ from cola_core.adapters import LoRA, Pair
 from cola_core.axes.parametrisations import PARAMETRISATIONS
 from cola_core.axes.updates import build_optimizer
 from cola_core.config.recipe import LinkConfig
+from cola_core.errors import UserError
 from cola_core.links import run_link
 from cola_core.optimizers.adalora import budget
 from tests.lab import LINK, root_of
@@ -124,3 +125,8 @@ def test_a_link_keeps_as_many_ranks_as_its_budget_and_starts_from_the_model_it_w
     assert progress.losses[-1]["loss"] < 0.9 * plain
     assert sum(pair.rank for pair in adapter.pairs.values()) == 2 * len(record["ranks"]) or len(record["ranks"]) < 14
     assert sum(pair.rank for pair in adapter.pairs.values()) <= 2 * 14
+
+
+def test_a_budget_that_holds_every_gate_is_refused_when_the_ranks_are_known() -> None:
+    with pytest.raises(UserError, match=r"^link\.update\.rank 4: keeps 8 ranks in 2 modules, which start with 8: none"):
+        Peers(rank=4)

@@ -19,11 +19,15 @@ from torch import nn
 from cola_core.adapters import Pair, detach
 from cola_core.axes.allocators import Question, allocate
 from cola_core.axes.initialisers import INITIALISERS, First, Start
+from cola_core.chain import earlier_pairs
 from cola_core.config.recipe import AllocateConfig
 from cola_core.config.values import Cora, LoraGa, Momentum
 from cola_core.directions import Moments, activation_directions, gradient_directions, sister_directions
+from cola_core.errors import UserError
 from cola_core.knot import open_chain
+from cola_core.lineage import read_chain
 from cola_core.models import adaptable
+from cola_core.sealed import write_sealed
 from cola_core.start import first_layers, first_pairs
 from tests.lab import FAMILIES, FP64, base_of, chain_of, logits_of, root_of, rows_of, start_of, task_of
 from tests.points import job_at, walk
@@ -252,3 +256,12 @@ def test_eva_starts_from_the_axes_and_changes_nothing() -> None:
     first = INITIALISERS["eva"](start_of(torch.zeros(8, 16), 4, 2.0, {"axes": right}), None)
     torch.testing.assert_close(first.a, right[:, :4].T)
     assert not first.b.any() and math.isclose(float(first.a.norm()), 2.0)
+
+
+def test_given_ranks_that_no_training_wrote_are_no_traceback(tmp_path: Path) -> None:
+    chain = walk(job_at("llama", root_of("llama", tmp_path)), tmp_path)
+    chain[1].record["given_ranks"] = dict.fromkeys(chain[1].record["ranks"], 99)
+    assert all(pair.rank == 0 for pair in earlier_pairs(chain)[1].values())
+    write_sealed(chain[1].folder / "link.json", "link", {**chain[1].record, "given_ranks": {"x": -1}})
+    with pytest.raises(UserError, match=r"given_ranks\.x: Input should be greater than or equal to 0"):
+        read_chain(chain[1].folder)

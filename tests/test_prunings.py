@@ -227,15 +227,21 @@ def test_a_round_stopped_while_it_measures_ends_with_that_loss_and_is_resumed(
     """Two losses a rank are many: Ctrl-C need not wait for all, and finds every rank in its place."""
     job = job_at("llama", root_of("llama", tmp_path), {"pruning": ALORA, "steps": 8, "validate_every": 4})
     whole, _, _ = run_link(job)
-    honest, calls = Training._sample_loss, [0]
+    loss, zeros, calls = Training._sample_loss, torch.zeros_like, {"loss": 0, "zeros": 0}
 
-    def stopped(training: Training) -> float:
-        calls[0] += 1
-        if calls[0] == 4:  # while all ranks but one are taken out
+    def counted(training: Training) -> float:
+        calls["loss"] += 1
+        return loss(training)
+
+    def stopped(*asked: Any) -> torch.Tensor:
+        calls["zeros"] += calls["loss"] == 3
+        if calls["zeros"] == 2:  # while all ranks but one are taken out: of one module they are
+            calls["zeros"] += 1
             signal.raise_signal(signal.SIGINT)
-        return honest(training)
+        return zeros(*asked)
 
-    monkeypatch.setattr(Training, "_sample_loss", stopped)
+    monkeypatch.setattr("cola_core.pruning.alora.torch.zeros_like", stopped)
+    monkeypatch.setattr(Training, "_sample_loss", counted)
     job = replace(job, checkpoint=tmp_path / "state.safetensors")
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in background
     try:
@@ -243,9 +249,9 @@ def test_a_round_stopped_while_it_measures_ends_with_that_loss_and_is_resumed(
             run_link(job)
     finally:
         signal.signal(signal.SIGINT, inherited)
-    assert calls == [4]
+    assert calls["loss"] == 4
     resumed, _, _ = run_link(job)
-    assert whole.pairs.keys() == resumed.pairs.keys() and calls[0] > 8
+    assert whole.pairs.keys() == resumed.pairs.keys() and calls["loss"] > 8
     for name, pair in whole.pairs.items():
         assert torch.equal(pair.a, resumed.pairs[name].a) and torch.equal(pair.b, resumed.pairs[name].b), name
 

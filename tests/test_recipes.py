@@ -26,6 +26,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "adalora": {"update": ADALORA},
     "beam_lora": {"pruning": {"kind": "beam_lora", "every": 3, "share": 0.6, "schedule": "rising"}},
     "lora_rite": {"learning_rate": 5e-3},
+    "ffa_lora_federated": {"checkpoint_every": 2},
     "alora": {"pruning": {"kind": "alora", "first": 2, "every": 2, "rounds": 2, "ranks": 3}},
 }
 

@@ -29,7 +29,7 @@ def check_composition(params: Params, key: str, knot: Knot, source: ProfileConfi
         raise UserError(f"params.yaml: chain.{key}: {reason}")
     federated = refused_federation(knot.link, links, source, params.prepare.kind, params.fetch.model.kind)
     numbers, outputs = _refused_numbers(params, key, knot, source), _refused_outputs(params, knot, source)
-    for wrong, reason in [*numbers, *outputs, *federated, *refused_rounds(knot.link, knot.allocate.rank)]:
+    for wrong, reason in [*numbers, *outputs, *federated, *refused_rounds(knot.link, knot.allocate)]:
         if wrong:
             raise UserError(f"params.yaml: chain.{key}: {reason}")
 

@@ -12,6 +12,7 @@ from torch.optim import AdamW
 
 from cola_core.adapters import LoRA
 from cola_core.config.training_values import AdaLora as Options
+from cola_core.errors import UserError
 from cola_core.optimizers.privacy import Reading
 
 __all__ = ["AdaLora", "budget"]
@@ -27,9 +28,19 @@ class AdaLora(AdamW):
     """
 
     def __init__(self, groups: Any, layers: Mapping[str, LoRA], options: Options, steps: int, **settings: Any) -> None:
+        """Count the gates.
+
+        Raises:
+            UserError: there are no more of them than the budget keeps.
+        """
         super().__init__(groups, **settings)
         self.layers, self.options, self.steps = layers, options, steps
         self.whole = sum(len(layer.gate) for layer in layers.values())
+        if self.whole <= (target := options.rank * len(layers)):
+            raise UserError(
+                f"link.update.rank {options.rank}: keeps {target} ranks in {len(layers)} modules, which start with "
+                f"{self.whole}: none would be closed; lower it or raise allocate.rank"
+            )
 
     def collect(self, rows: Sequence[int], read: Reading) -> tuple[float, int]:
         """Gradients of the rows' loss, and of the penalty, which the loss that is told does not hold."""

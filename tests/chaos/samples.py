@@ -180,7 +180,13 @@ def _write_links(folder: Path) -> list[Link]:
         save_tensors(new / "head.safetensors", adapter().head)
         seal(new, {"link": 0, "parent": None, "base": base, "labels": 2})
     numbers = ("seed", "steps", "kept_step", "tokens", "probe_tokens", "trainable_parameters")
-    told = {**dict.fromkeys(numbers, 4), "validation_before": None, "validation_loss": 0.5, "kept": True}
+    told = {
+        **dict.fromkeys(numbers, 4),
+        "validation_before": None,
+        "validation_loss": 0.5,
+        "kept": True,
+        "given_ranks": {},
+    }
     parent = {"link": 0, "hash": read_chain(root)[0].hash}
     write_link(
         one,
