@@ -156,6 +156,7 @@ def test_rounds_that_fit_are_taken() -> None:
 def test_a_budget_that_would_not_be_kept_is_refused(key: str, value: Any, line: str) -> None:
     gates = {"parametrisation": {"kind": "gated", "start": "zero"}, "initialiser": "gaussian"}
     raw = changed("link", {**PARAMS["link"], **gates, "update": ADALORA, "keep": "last"})
+    raw["allocate"]["allocator"] = "uniform"
     check_params(raw)
     raw["link"][key] = value
     with pytest.raises(UserError) as caught:

@@ -233,12 +233,12 @@ def test_a_round_stopped_while_it_measures_ends_with_that_loss_and_is_resumed(
         calls["loss"] += 1
         return loss(training)
 
-    def stopped(*asked: Any) -> torch.Tensor:
+    def stopped(*asked: Any, **named: Any) -> torch.Tensor:
         calls["zeros"] += calls["loss"] == 3
         if calls["zeros"] == 2:  # while all ranks but one are taken out: of one module they are
             calls["zeros"] += 1
             signal.raise_signal(signal.SIGINT)
-        return zeros(*asked)
+        return zeros(*asked, **named)
 
     monkeypatch.setattr("cola_core.pruning.alora.torch.zeros_like", stopped)
     monkeypatch.setattr(Training, "_sample_loss", counted)
