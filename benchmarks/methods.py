@@ -29,7 +29,7 @@ from flows.compose import choices, compose
 
 DATA, PAGE = ROOT.parent / "shared" / "data" / "sst2", ROOT / "docs/methods.md"
 STEPS, RATE = 120, 2e-3
-RATES = {"lora_ga": 2e-4, "lora_plus": 2e-4, "lora_rite": 5e-4}  # their steps are larger: at RATE they learn nothing
+RATES = {"lora_ga": 2e-4, "lora_plus": 2e-4, "lora_rite": 5e-4}  # larger steps: little or nothing is learned at RATE
 HEADINGS = (
     "recipe",
     "links",
@@ -92,12 +92,10 @@ def overrides(recipe: str) -> Iterator[str]:
     for name, file in (("train", "train.tsv"), ("test", "test.tsv")):
         yield f"fetch.data.{name}.asset=path:{DATA / file}"
         yield f"fetch.data.{name}.sha256=null"
-    link = _link(recipe)
-    steps = STEPS // ROUND if "fedavg" in str(link.get("update")) else STEPS
+    steps = STEPS // ROUND if "fedavg" in str(_link(recipe).get("update")) else STEPS
     yield from (f"schedule.horizon={steps}", "targets=all", "evaluate.prefixes=false", "prepare.validation=200")
     yield f"link.validate_every={max(1, steps // 6)}"
-    if "learning_rate" not in link:
-        yield f"link.learning_rate={RATES.get(recipe, RATE)}"
+    yield f"link.learning_rate={_rate(recipe)}"
     yield from ROUNDS.get(recipe, ())
 
 
@@ -105,6 +103,11 @@ def _link(recipe: str) -> dict[str, Any]:
     """What the recipe says of its links."""
     said: dict[str, Any] = read_yaml(ROOT / f"conf/method/{recipe}.yaml").get("link", {})
     return said
+
+
+def _rate(recipe: str) -> float:
+    """The recipe's own learning rate, else the one it learns at here."""
+    return float(_link(recipe).get("learning_rate", RATES.get(recipe, RATE)))
 
 
 ROUND = 12  # batches of a round of ffa_lora_federated: as many are read as by other recipes
@@ -175,7 +178,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     low, high = row["scores"]["accuracy_low"], row["scores"]["accuracy_high"]
     cells = [f"`{row['recipe']}`", row["links"], row["steps"], f"{row['trainable']:,}"]
     cells += [
-        f"{_link(row['recipe']).get('learning_rate', RATES.get(row['recipe'], RATE)):.0e}".replace("e-0", "e-"),
+        f"{_rate(row['recipe']):.0e}".replace("e-0", "e-"),
         f"{row['probe']:,}",
         f"{row['step']:.0f}",
         f"{row['peak']:.2f}",
