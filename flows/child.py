@@ -17,6 +17,7 @@ from cola_core.assets.cache import cache_root
 from cola_core.errors import RetryError, UserError
 from cola_core.files import scratch
 from flows import worker
+from flows.snapshot import main_checkout
 from flows.worker import END
 from flows.workspace import Workspace
 from tasks.stage import QUIET
@@ -133,7 +134,7 @@ def _start(workspace: Workspace) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-P", str(Path(worker.__file__).resolve()), str(os.getpid())],
         cwd=workspace.path,
-        env=environment(),
+        env=environment(COLA_CHECKOUT=str(main_checkout(workspace.path))),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -35,11 +35,12 @@ class Done:
 
 @dataclass
 class Context:
-    """The parameters of one stage, and a note of those it read."""
+    """The parameters of one stage, and a note of those it read; watched: whether it may log to MLflow meanwhile."""
 
     stage: str
     key: str | None
     raw: dict[str, Any]
+    watched: bool = True
     record_id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     used: dict[str, Any] = field(default_factory=dict)
 

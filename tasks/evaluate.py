@@ -34,7 +34,9 @@ def main(context: Context) -> Done:
     check_files(EVALUATE_BASE)
     found = _prefixes(context, chain, config.prefixes, task, rows)
     classes = task.kind != "generate"
-    prefixes = {name: summary(a.predicted, a.gold, a.loss, config, seed, classes) for name, a in found.items()}
+    prefixes = {
+        name: summary(a.predicted, a.gold, a.loss, config, seed, a.confidence, classes) for name, a in found.items()
+    }
     last = str(len(chain) - 1)
     metrics = {**prefixes[last], **read_json(EVALUATE_BASE / "metrics.json"), "prefixes": prefixes}
     with new_dir(OUT) as folder:

@@ -25,7 +25,8 @@ def main(context: Context) -> Done:
     task, rows = test_sample(context)
     found = answers_of(context, "base", read_chain(link_dir("0")), task, rows)
     classes = task.kind != "generate"
-    metrics = {"base": summary(found.predicted, found.gold, found.loss, config, seed, classes)}
+    scores = summary(found.predicted, found.gold, found.loss, config, seed, found.confidence, classes)
+    metrics = {"base": scores}
     if classes:
         train = [row.reference for row in read_rows(PREPARED / "train.arrow")]
         metrics["majority"] = majority(train, found.gold, config, seed)

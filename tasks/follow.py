@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import psutil
 
-__all__ = ["alive", "follow"]
+__all__ = ["alive", "end_with_parent", "follow"]
 
 LOOK = 0.2  # seconds
 ADOPTERS = {"init", "systemd", "launchd", "tini", "dumb-init", "docker-init"}  # whose a process is when its parent died
@@ -26,6 +26,13 @@ def follow(stage: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         elif driver is not None:
             threading.Thread(target=_end_with, args=[driver], daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Send this process SIGTERM once the one that started it is gone."""
+    parent = psutil.Process().parent()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=[parent], daemon=True).start()
 
 
 def alive(process: psutil.Process) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import io
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,7 +125,7 @@ def _reporter(context: Context) -> Iterator[Callable[[dict[str, Any]], None]]:
 
     The live logger is imported by name: it can only watch, so it is no dependency of the stage in dvc.yaml.
     """
-    live = importlib.import_module("tasks.live").Live(context, LIVE_AFTER)
+    live = importlib.import_module("tasks.live").Live(context, LIVE_AFTER if context.watched else math.inf)
     with live, progress(context.stage) as tick:
 
         def report(event: dict[str, Any]) -> None:

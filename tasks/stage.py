@@ -19,7 +19,7 @@ from tasks.context import Context, Done, open_context
 from tasks.follow import follow
 from tasks.records import record
 
-__all__ = ["run"]
+__all__ = ["Stopped", "prepare_process", "run"]
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -38,12 +38,7 @@ STEADY = {"MKL_CBWR": "AUTO"}
 def run(stage: Callable[[Context], Done]) -> None:
     """Run one stage as `python -m tasks.<stage> [link]` and exit: 0, 2 for a user's mistake, 75 to try again later."""
     guard()
-    for name, value in {**QUIET, **STEADY}.items():
-        os.environ.setdefault(name, value)
-    gc.set_threshold(IMPORTED)
-    atexit.register(gc.freeze)  # nor need Python look through all of it before it goes: a second more
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    prepare_process()
     name = Path(sys.argv[0]).stem
     try:
         follow(name)
@@ -54,6 +49,16 @@ def run(stage: Callable[[Context], Done]) -> None:
     except Stopped as stopped:
         line = "stopped; the same command goes on from here, a link from its last step"
         sys.exit(_complain(name, line, 128 + stopped.number))
+
+
+def prepare_process() -> None:
+    """The environment, the collector and the signals of a process that runs stages."""
+    for name, value in {**QUIET, **STEADY}.items():
+        os.environ.setdefault(name, value)
+    gc.set_threshold(IMPORTED)
+    atexit.register(gc.freeze)  # nor need Python look through all of it before it goes: a second more
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
 
 
 class Stopped(KeyboardInterrupt):

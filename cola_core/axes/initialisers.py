@@ -92,6 +92,13 @@ def gaussian(start: Start, options: Any) -> First:
     return First(a, b)
 
 
+def identity(start: Start, options: Any) -> First:
+    """A = I and B = 0 where in <= out, else B = I and A = 0: the other factor is the whole dW / s."""
+    out, columns = start.shape
+    zeros, eye = torch.zeros(out, columns, dtype=torch.float64), torch.eye(start.rank, dtype=torch.float64)
+    return First(eye, zeros) if columns <= out else First(zeros, eye)
+
+
 def gora(start: Start, options: Any) -> First:
     """Random A, B = -xi G A^T (A A^T)^-1 (GoRA, section 3): s B A = -gamma sqrt(in/r) G P_A, a step down the gradient.
 
@@ -213,6 +220,7 @@ INITIALISERS: dict[str, Initialiser] = {
     "kaiming": kaiming,
     "random_b": random_b,
     "gaussian": gaussian,
+    "identity": identity,
     "gora": gora,
     "lora_ga": lora_ga,
     "eva": eva,

@@ -23,6 +23,7 @@ __all__ = ["PARAMETRISATIONS", "SCALES", "Form"]
 SCALES: dict[str, Callable[[float, int], float]] = {
     "lora": lambda alpha, rank: alpha / rank,
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
+    "unit": lambda alpha, rank: 1.0,
 }
 
 
@@ -70,10 +71,21 @@ def freeze_b(layer: LoRA, options: Options, seed: int) -> None:
     layer.B.requires_grad_(False)
 
 
+def freeze_identity(layer: LoRA, options: Options, seed: int) -> None:
+    """The factor on the smaller side is the identity; the other is the whole dW / s, as full fine-tuning trains it."""
+    (layer.A if layer.A.shape[1] <= len(layer.B) else layer.B).requires_grad_(False)
+
+
+def whole_input(layer: LoRA, x: Tensor, a: Tensor) -> Tensor:
+    """x itself where A is the identity."""
+    return layer.dropout(x) if layer.B.requires_grad else functional.linear(layer.dropout(x), a)
+
+
 PARAMETRISATIONS = {
     "plain": Form(nothing, own),
     "frozen_a": Form(freeze_a, own),
     "frozen_b": Form(freeze_b, own),
+    "dense": Form(freeze_identity, own, low=whole_input),
     "gated": Form(gates.start_gates, gates.gated, merged=gates.open_ranks),
     "softmax_gated": Form(gates.start_scores, gates.softmax_gated),
     "res_is": Form(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,11 +39,19 @@ def learning_rate_factor(step: int, offset: int, schedule: ScheduleConfig, link:
         warm = min(1.0, (step + 1) / max(1, math.ceil(link.warmup * link.steps)))
         return warm * _decayed((offset + step) / schedule.horizon, link)
     whole = schedule.learning_rate == "global"
-    position, steps = (offset + step, schedule.horizon) if whole else (step, link.steps)
+    position, steps = (offset + step, schedule.horizon) if whole else _in_cycle(step, link)
     warm = math.ceil(link.warmup * steps)
     if position < warm:
         return (position + 1) / warm
     return _decayed((position - warm) / max(1, steps - warm), link)
+
+
+def _in_cycle(step: int, link: LinkConfig) -> tuple[int, int]:
+    """A step's place in its cycle, and the cycle's steps: `link.cycles` even shares that add up to `link.steps`."""
+    ends = [link.steps * (k + 1) // link.cycles for k in range(link.cycles)]
+    cycle = bisect_right(ends, step)
+    start = ends[cycle - 1] if cycle else 0
+    return step - start, ends[cycle] - start
 
 
 def _decayed(done: float, link: LinkConfig) -> float:

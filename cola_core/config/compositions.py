@@ -39,8 +39,13 @@ UPDATE, PRUNING, QUANTISE, DTYPE, DEVICE = (
 )
 
 STEPPING = "gora lora_ga loftq momentum"  # B A is not 0 at the start
-PAIRS, GATES, SHORTCUTS = "plain frozen_a frozen_b nola", "gated softmax_gated", "res_is res_bs res_ms res_ms_weights"
-NOT_PLAIN = f"frozen_a frozen_b nola {GATES} {SHORTCUTS}"
+PAIRS, GATES, SHORTCUTS = (
+    "plain frozen_a frozen_b dense nola",
+    "gated softmax_gated",
+    "res_is res_bs res_ms res_ms_weights",
+)
+NOT_PLAIN = f"frozen_a frozen_b dense nola {GATES} {SHORTCUTS}"
+NOT_IDENTITY = f"kaiming random_b gaussian cora eva {STEPPING}"
 
 REFUSALS = (
     _no(ALLOCATOR, "gora", PROBE, "none", "ranks come from the probe's gradient"),
@@ -52,19 +57,23 @@ REFUSALS = (
     _no(INITIALISER, "gaussian", PARAMETRISATION, f"{PAIRS} softmax_gated {SHORTCUTS}", "its B A asks for gates of 0"),
     _no(INITIALISER, "gaussian", PRUNING, "beam_lora alora", "its B A asks for gates, which these rounds lack"),
     _no(INITIALISER, "gaussian", UPDATE, "lora_pro lora_rite lora_ggpo fedavg", "its B A asks for gates"),
+    _no(INITIALISER, "identity", ALLOCATOR, "uniform gora layer_subset eva", "an identity fills a side"),
+    _no(INITIALISER, "identity", PARAMETRISATION, f"frozen_a frozen_b nola {GATES} {SHORTCUTS}",
+        "the factor that starts at 0 is the one that trains"),
+    _no(PARAMETRISATION, "dense", INITIALISER, NOT_IDENTITY, "the factor that it freezes is the identity"),
     _no(INITIALISER, STEPPING, PARAMETRISATION, SHORTCUTS, "its start would count in later blocks too"),
     _no(INITIALISER, f"{STEPPING} cora eva", PARAMETRISATION, "nola", "its start could not be drawn again from a seed"),
     _no(ALLOCATOR, "gora eva", PARAMETRISATION, "res_ms res_ms_weights", "A of one block feeds another's B"),
-    _no(UPDATE, "lora_plus", PARAMETRISATION, "frozen_a frozen_b", "one factor alone trains, so there is no ratio"),
+    _no(UPDATE, "lora_plus", PARAMETRISATION, "frozen_a frozen_b dense", "one factor alone trains: no ratio"),
     _no(UPDATE, "penalised", PARAMETRISATION, "nola", "A and B are coefficients there, and no factors to be bounded"),
     _no(UPDATE, "lora_pro lora_rite", PARAMETRISATION, NOT_PLAIN, "it steps both A and B, of s B A alone"),
     _no(UPDATE, "proximal", PARAMETRISATION, f"{PAIRS} softmax_gated {SHORTCUTS}", "it thresholds free gates"),
     _no(UPDATE, "adalora", PARAMETRISATION, f"{PAIRS} softmax_gated {SHORTCUTS}", "it closes free gates"),
-    _no(UPDATE, "lora_ggpo", PARAMETRISATION, f"nola {GATES} {SHORTCUTS}", "its noise follows the gradient of B A"),
-    _no(UPDATE, "fedavg", PARAMETRISATION, f"plain nola {GATES} {SHORTCUTS}",
+    _no(UPDATE, "lora_ggpo", PARAMETRISATION, f"dense nola {GATES} {SHORTCUTS}", "its noise follows B A's gradient"),
+    _no(UPDATE, "fedavg", PARAMETRISATION, f"plain dense nola {GATES} {SHORTCUTS}",
         "what trains is no linear part of B A: the mean of the clients' products is not the product of their means"),
     _no(PRUNING, "beam_lora", PARAMETRISATION, f"{PAIRS} gated {SHORTCUTS}", "it compares a softmax's gates"),
-    _no(PRUNING, "alora", PARAMETRISATION, f"frozen_b nola {GATES} {SHORTCUTS}", "a rank that grows starts at B = 0"),
+    _no(PRUNING, "alora", PARAMETRISATION, f"frozen_b dense nola {GATES} {SHORTCUTS}", "a new rank starts at B = 0"),
     _no(PRUNING, "beam_lora alora", UPDATE, "proximal adalora", "free gates are closed, and there are none"),
     _no(PRUNING, "alora", UPDATE, "lora_rite", "what it keeps of a basis of so many ranks would not fit another"),
     _no(PRUNING, "beam_lora", UPDATE, "lora_pro lora_rite", "they step A and B of s B A alone, without gates"),

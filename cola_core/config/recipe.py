@@ -12,7 +12,7 @@ from cola_core.config.values import Allocator, Initialiser, Parametrisation
 
 __all__ = ["AllocateConfig", "LinkConfig", "MachineConfig", "ProfileConfig", "ScheduleConfig"]
 
-Scale = Literal["lora", "rslora"]
+Scale = Literal["lora", "rslora", "unit"]
 Quantisation = Literal["none", "nf4", "nf2", "uniform4", "uniform2"]
 Schedule = Literal["none", "cola"]
 BaseStore = Literal["fp32", "bf16", "fp64"]
@@ -82,12 +82,13 @@ class AllocateConfig(Strict):
 class LinkConfig(Strict):
     """Section `link`: one LoRA of the chain.
 
-    scale, alpha: s = alpha / r (lora) or alpha / sqrt(r) (rslora, which is RoRA too).
+    scale, alpha: s = alpha / r (lora), alpha / sqrt(r) (rslora, which is RoRA too) or 1 (unit).
     pruning: what happens to ranks while the link trains; quantise: how the frozen weights of its modules are kept.
     batch: rows of one optimizer step, computed in groups of similar length of at most `micro_batch` rows and
         `micro_tokens` tokens with their padding (null = any number): memory follows these two, gradients do not.
     learning_rate: of A; B's is `update.ratio` times that under lora_plus; `head_learning_rate` of an encoder's head.
-    warmup: fraction of the steps; decay: shape after it, down to `floor` times the peak.
+    warmup: fraction of the steps; decay: shape after it, down to `floor` times the peak; cycles: how often both are
+        gone through, each time in an equal share of the steps (warm restarts, without a knot).
     keep: best = the adapter with the lowest validation loss; last = the one after the last step.
     keep_link: always, or only if the validation loss with the link is below that without it (one more validation).
     patience: validations without improvement before the link stops early; null = never.
@@ -124,3 +125,4 @@ class LinkConfig(Strict):
     patience: int | None = Field(ge=1)
     checkpoint_every: int = Field(ge=1)
     activation_checkpointing: bool
+    cycles: int = Field(default=1, ge=1)

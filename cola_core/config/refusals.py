@@ -61,6 +61,11 @@ def _refused_numbers(params: Params, key: str, knot: Knot, source: ProfileConfig
     form = knot.link.parametrisation
     gates = getattr(form, "start", None)
     return [
+        (knot.link.cycles > 1 and params.schedule.learning_rate != "restart",
+         f"link.cycles {knot.link.cycles} with schedule.learning_rate {params.schedule.learning_rate!r}: only under "
+         "'restart' has a link a schedule of its own"),
+        (knot.link.cycles > knot.link.steps,
+         f"link.cycles {knot.link.cycles} with link.steps {knot.link.steps}: a cycle needs a step"),
         (params.schedule.kind == "none" and len(params.chain) > 1,
          "schedule.kind 'none' with more than one link: only 'cola' ties knots"),
         (start in OWN_PROFILE and params.chain[key].profile_from != key,

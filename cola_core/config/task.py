@@ -65,8 +65,18 @@ class FetchConfig(Strict):
     sisters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], AssetConfig] = Field(default={})
 
 
+class HeldOutConfig(Strict):
+    """Rows of the training file that are tested on too, the same for every seed; skip: as many others go before them.
+
+    Two ranges that do not overlap hold different rows, so a second study can be tested where the first was not.
+    """
+
+    rows: int = Field(ge=1)
+    skip: int = Field(default=0, ge=0)
+
+
 class PrepareConfig(Strict):
-    """Section `prepare`; `prompt` and `label` are sandboxed Jinja over the columns of a row, `answers` literal texts.
+    """Section `prepare`; `prompt`, `label`, `group` are sandboxed Jinja over a row's columns, `answers` literal texts.
 
     kind: choice scores every text of `answers`; generate decodes an answer; classify puts a head on an encoder.
     loss: answer = the right answer's tokens; candidates = cross-entropy over the candidates' summed log-probabilities.
@@ -75,6 +85,8 @@ class PrepareConfig(Strict):
     extract: regular expression whose first group is compared (generate), null for the whole text.
     train, validation, probe: rows; train null = all that are left; probe rows are a sample of the training rows.
     test: rows sampled from the test file, null = all of it; without a test file, rows set apart from the training file.
+    group: what tells rows that belong together, such as questions on one passage: a training row of a test row's group
+        is dropped, and a held-out group is held out whole.
     """
 
     kind: TaskKind
@@ -91,6 +103,8 @@ class PrepareConfig(Strict):
     probe: int = Field(ge=1)
     test: int | None = Field(ge=1)
     duplicates: Literal["drop_from_train", "refuse", "keep"]
+    group: str | None = None
+    held_out: HeldOutConfig | None = None
 
     @model_validator(mode="after")
     def _answers_fit(self) -> PrepareConfig:

@@ -36,7 +36,7 @@ Tagged = (Field(discriminator="kind"), BeforeValidator(_named))
 class Ranks(Value):
     """Allocators whose numbers stand in section `allocate`."""
 
-    kind: Literal["uniform", "gora", "eva"]
+    kind: Literal["uniform", "full", "gora", "eva"]
 
 
 class LayerSubset(Value):
@@ -52,10 +52,11 @@ Allocator = Annotated[Ranks | LayerSubset, *Tagged]
 class Random(Value):
     """kaiming: A random, B = 0; random_b: B random, A = 0; eva: A = principal axes of the inputs, B = 0.
 
-    gaussian: both random and small, for gates that start at 0.
+    gaussian: both random and small, for gates that start at 0; identity: the factor on the weight's smaller side = I,
+    the other = 0.
     """
 
-    kind: Literal["kaiming", "random_b", "eva", "gaussian"]
+    kind: Literal["kaiming", "random_b", "eva", "gaussian", "identity"]
 
 
 class Gora(Value):
@@ -102,9 +103,9 @@ Initialiser = Annotated[Random | Gora | LoraGa | Cora | Momentum | Loftq, *Tagge
 
 
 class Factors(Value):
-    """plain: A and B train; frozen_a, frozen_b: the other factor alone does."""
+    """plain: A and B train; frozen_a, frozen_b: the other factor alone does; dense: the one that is no identity."""
 
-    kind: Literal["plain", "frozen_a", "frozen_b"]
+    kind: Literal["plain", "frozen_a", "frozen_b", "dense"]
 
 
 class Gated(Value):

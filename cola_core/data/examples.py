@@ -21,7 +21,8 @@ class Example:
     """One row.
 
     id: file stem and 1-based data row, such as `train:17`; place: `file:line` for messages; row: its columns;
-    prompt: the whole rendered prompt; reference: the label's name (choice, classify) or the answer's text (generate).
+    prompt: the whole rendered prompt; reference: the label's name (choice, classify) or the answer's text (generate);
+    group: what `prepare.group` renders to, empty without it.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Example:
     row: dict[str, Any]
     prompt: str
     reference: str
+    group: str = ""
 
 
 def read_examples(path: Path, config: PrepareConfig) -> list[Example]:
@@ -40,11 +42,13 @@ def read_examples(path: Path, config: PrepareConfig) -> list[Example]:
     """
     table = read_table(path)
     prompt, label = template("prepare.prompt", config.prompt), template("prepare.label", config.label)
+    group = template("prepare.group", config.group) if config.group else None
     examples = []
     for index, row in enumerate(table.rows):
         place = table.place(index)
         reference = _checked(label.render(row, place), config, place)
-        examples.append(Example(f"{path.stem}:{index + 1}", place, row, prompt.render(row, place), reference))
+        kin = group.render(row, place) if group else ""
+        examples.append(Example(f"{path.stem}:{index + 1}", place, row, prompt.render(row, place), reference, kin))
     return examples
 
 

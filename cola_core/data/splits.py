@@ -1,12 +1,14 @@
 """Who trains, who validates, who tests: MeZO's rule (arXiv 2305.17333, large_models/tasks.py), by hash, not by RNG.
 
 One permutation of the training file under the seed; its first `train + validation` rows are taken and the last
-`validation` of them validate. Test rows come from the test file, or are set apart from the training file first.
+`validation` of them validate. Test rows come from the test file, or are set apart from the training file first; rows
+that are held out of the training file beside them are the same under every seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from cola_core.config.task import PrepareConfig
@@ -22,7 +24,8 @@ class Duplicates:
     """Rows of the training file that stand elsewhere too; a row may be counted in two of the first three.
 
     repeated: same prompt and label as an earlier row; conflicting: an earlier row's prompt with a new label;
-    in_test: the prompt of a test row; test_prompts: different prompts among those; dropped: rows taken out.
+    in_test: the prompt of a test row; test_prompts: different prompts among those; dropped: rows taken out, with those
+    of a test row's group.
     """
 
     repeated: int
@@ -61,8 +64,10 @@ def split(train: Sequence[Example], test: Sequence[Example] | None, config: Prep
     Raises:
         UserError: not enough rows, or duplicates under `duplicates: refuse`.
     """
-    shown, rest = _test_rows(train, test, config, seed)
-    kept, duplicates = _without_duplicates(rest, test or shown, config.duplicates)
+    held, train = _held_out(train, config)
+    shown, rest = _test_rows(train, test, config, seed) if test or not held else ([], train)
+    shown = [*shown, *held]
+    kept, duplicates = _without_duplicates(rest, [*(test or []), *shown], config)
     chosen = _permuted(kept, seed, "split")
     wanted = len(chosen) - config.validation if config.train is None else config.train
     if wanted < 1 or wanted + config.validation > len(chosen):
@@ -71,12 +76,42 @@ def split(train: Sequence[Example], test: Sequence[Example] | None, config: Prep
         raise UserError(
             f"params.yaml: prepare: {asked} asked, but the training file has {_rows(len(chosen))} left{dropped}"
         )
-    taken, held = chosen[:wanted], chosen[wanted : wanted + config.validation]
+    taken, validation = chosen[:wanted], chosen[wanted : wanted + config.validation]
     if config.probe > wanted:
         raise UserError(
             f"params.yaml: prepare.probe: is {config.probe}, but there are only {_rows(wanted)} to train on"
         )
-    return Splits(taken, held, list(shown), _permuted(taken, seed, "probe")[: config.probe], duplicates)
+    return Splits(taken, validation, shown, _permuted(taken, seed, "probe")[: config.probe], duplicates)
+
+
+def _held_out(train: Sequence[Example], config: PrepareConfig) -> tuple[list[Example], list[Example]]:
+    """The rows of `prepare.held_out` and all others, both in the file's order; groups go as a whole, by their hash."""
+    if config.held_out is None:
+        return [], list(train)
+    kin = [example.group or example.prompt for example in train]
+    sizes = Counter(kin)
+    order = sorted(sizes, key=lambda group: derive(0, "held_out", group))
+    skipped = _filled(order, sizes, config.held_out.skip)
+    chosen = _filled([group for group in order if group not in skipped], sizes, config.held_out.rows)
+    if (found := sum(sizes[group] for group in chosen)) < config.held_out.rows:
+        raise UserError(
+            f"params.yaml: prepare.held_out: rows is {config.held_out.rows} after {config.held_out.skip} others, but "
+            f"the training file has only {_rows(found)} in groups that fit"
+        )
+    parts: tuple[list[Example], list[Example]] = [], []
+    for group, example in zip(kin, train, strict=True):
+        parts[group not in chosen].append(example)
+    return parts
+
+
+def _filled(groups: Sequence[str], sizes: Mapping[str, int], rows: int) -> set[str]:
+    """The first groups that together hold `rows` rows; one that would be too much is passed over."""
+    chosen: set[str] = set()
+    for group in groups:
+        if sizes[group] <= rows:
+            chosen.add(group)
+            rows -= sizes[group]
+    return chosen
 
 
 def _test_rows(
@@ -94,10 +129,13 @@ def _test_rows(
 
 
 def _without_duplicates(
-    train: Sequence[Example], test: Sequence[Example], policy: str
+    train: Sequence[Example], test: Sequence[Example], config: PrepareConfig
 ) -> tuple[list[Example], Duplicates]:
-    """Count duplicates by whole rendered prompt, before truncation; drop, keep or refuse them."""
-    tested = {example.prompt for example in test}
+    """Count duplicates by whole rendered prompt, before truncation; drop, keep or refuse them.
+
+    A training row of a test row's group goes in any case, where groups are named.
+    """
+    policy, tested = config.duplicates, {example.prompt for example in test}
     labels: dict[str, dict[str, Example]] = {}
     found: dict[str, list[tuple[Example, Example | None]]] = {"repeated": [], "conflicting": [], "in_test": []}
     for example in train:
@@ -112,6 +150,8 @@ def _without_duplicates(
     if policy == "refuse" and any(counts.values()):
         _refuse(found, counts)
     bad = {pair[0].id for pairs in found.values() for pair in pairs} if policy == "drop_from_train" else set()
+    kin = {example.group for example in test} if config.group else set()
+    bad |= {example.id for example in train if example.group in kin}
     leaked = len({example.prompt for example, _ in found["in_test"]})
     return [e for e in train if e.id not in bad], Duplicates(**counts, test_prompts=leaked, dropped=len(bad))
 

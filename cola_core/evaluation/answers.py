@@ -23,6 +23,8 @@ __all__ = ["Answers", "answer", "sample", "write_predictions"]
 # tick(rows done, rows in all, tokens of this batch)
 Tick = Callable[[int, int, int], None]
 Decode = Callable[[list[int]], str]
+# what is answered, the right answer's negative log-probability, the answer's probability among candidates
+Found = tuple[str, float, float | None]
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,15 @@ class Answers:
     """One model's answers in row order.
 
     predicted, gold: label names, or normalised texts (generate); correct: whether they agree and are not empty;
-    loss: negative log-probability of the right answer (per row), float64.
+    loss: negative log-probability of the right answer (per row), float64; confidence: probability of the predicted one
+    among the candidates, empty where answers are generated.
     """
 
     predicted: list[str]
     gold: list[str]
     correct: list[bool]
     loss: list[float]
+    confidence: list[float]
 
 
 def sample(rows: Sequence[Row], count: int | str, seed: int) -> list[Row]:
@@ -79,7 +83,7 @@ def answer(
     """
     objective.eval()
     read = partial(_generate, decode=decode) if objective.task.kind == "generate" else _choose
-    found: list[tuple[str, float]] = [("", 0.0)] * len(rows)
+    found: list[Found] = [("", 0.0, None)] * len(rows)
     done = 0
     with torch.no_grad():
         for indices in objective.groups(rows, size, tokens, answered=True):
@@ -89,9 +93,9 @@ def answer(
             done += len(batch)
             tick(done, len(rows), sum(len(row.prompt) for row in batch))
     gold = [normalise(row.reference, objective.task) for row in rows]
-    predicted = [text for text, _ in found]
+    predicted, losses, sure = (list(column) for column in zip(*found, strict=True)) if found else ([], [], [])
     correct = [p == g != "" for p, g in zip(predicted, gold, strict=True)]
-    return Answers(predicted, gold, correct, [loss for _, loss in found])
+    return Answers(predicted, gold, correct, losses, [each for each in sure if each is not None])
 
 
 def normalise(text: str, task: Task) -> str:
@@ -100,13 +104,13 @@ def normalise(text: str, task: Task) -> str:
 
 
 def write_predictions(path: Path, rows: Sequence[Row], answers: dict[str, Answers]) -> None:
-    """One Arrow table: id, gold, and per model `<name>_predicted`, `<name>_correct`, `<name>_loss`."""
+    """One Arrow table: id, gold, and per model `<name>_` predicted, correct, loss and, of candidates, confidence."""
     import pyarrow as pa
 
     first = next(iter(answers.values()))
     columns: dict[str, Any] = {"id": [row.id for row in rows], "gold": first.gold}
     for name, given in answers.items():
-        columns |= {f"{name}_predicted": given.predicted, f"{name}_correct": given.correct, f"{name}_loss": given.loss}
+        columns |= {f"{name}_{what}": column for what, column in vars(given).items() if what != "gold" and column}
     table = pa.table(columns)
     with (
         new_file(path) as temporary,
@@ -116,15 +120,17 @@ def write_predictions(path: Path, rows: Sequence[Row], answers: dict[str, Answer
         out.write_table(table)
 
 
-def _choose(objective: Objective, rows: Sequence[Row]) -> list[tuple[str, float]]:
+def _choose(objective: Objective, rows: Sequence[Row]) -> list[Found]:
     """The best candidate; its loss is taken over the candidates alone."""
     scores: Tensor = objective.scores(objective.scoring_batch(rows)).cpu().double()
-    losses = -scores.log_softmax(dim=-1)
-    labels = objective.task.labels
-    return [(labels[int(s.argmax())], float(nll[row.label])) for s, nll, row in zip(scores, losses, rows, strict=True)]
+    logs, labels, found = scores.log_softmax(dim=-1), objective.task.labels, list[Found]()
+    for log, row in zip(logs, rows, strict=True):
+        best = int(log.argmax())
+        found.append((labels[best], -float(log[row.label]), float(log[best].exp())))
+    return found
 
 
-def _generate(objective: Objective, rows: Sequence[Row], decode: Decode) -> list[tuple[str, float]]:
+def _generate(objective: Objective, rows: Sequence[Row], decode: Decode) -> list[Found]:
     """Greedy decoding; causal prompts are padded on the left, so that all end together, those of encoders on the right.
 
     An encoder that counts positions from the first token would otherwise read padded rows at other positions.
@@ -145,7 +151,7 @@ def _generate(objective: Objective, rows: Sequence[Row], decode: Decode) -> list
     )
     new = output[:, 1:] if seq2seq else output[:, ids.shape[1] :]
     texts = [decode(_until_end(tokens.tolist(), task)) for tokens in new]
-    return [(normalise(text, task), float(loss)) for text, loss in zip(texts, losses, strict=True)]
+    return [(normalise(text, task), float(loss), None) for text, loss in zip(texts, losses, strict=True)]
 
 
 def _until_end(tokens: list[int], task: Task) -> list[int]:

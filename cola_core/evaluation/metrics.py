@@ -13,7 +13,9 @@ from scipy.stats import bootstrap
 from cola_core.config.report import EvaluateConfig
 from cola_core.seeds import derive
 
-__all__ = ["confusion", "majority", "summary"]
+__all__ = ["calibration_error", "confusion", "majority", "summary"]
+
+BINS = 15
 
 Ints = NDArray[np.int64]
 
@@ -24,18 +26,23 @@ def summary(
     loss: Sequence[float],
     config: EvaluateConfig,
     seed: int,
+    confidence: Sequence[float] = (),
     classes: bool = True,
 ) -> dict[str, float]:
     """n, mean loss, accuracy and macro-F1, each score with `_low` and `_high` of a percentile bootstrap over rows.
 
     Macro-F1 is scikit-learn's: taken over the classes that occur in `gold` or `predicted`, in every resample anew.
-    Generated text has no classes: pass `classes=False`.
+    Generated text has no classes: pass `classes=False`. The calibration error comes with `confidence`.
     """
     names = sorted({*gold, *predicted})
     index = {name: i for i, name in enumerate(names)}
     true = np.array([index[g] for g in gold])
     said = np.array([index[p] for p in predicted])
     result = {"n": len(gold), "loss": float(np.mean(loss))}
+    if confidence:
+        result["calibration_error"] = calibration_error(
+            [p == g for p, g in zip(predicted, gold, strict=True)], confidence
+        )
     for name, statistic in STATISTICS if classes else STATISTICS[:1]:
         result |= _interval(name, statistic, true, said, config, seed)
     return result
@@ -46,6 +53,17 @@ def majority(train: Sequence[str], gold: Sequence[str], config: EvaluateConfig, 
     commonest = min(Counter(train).items(), key=lambda item: (-item[1], item[0]))[0]
     result = summary([commonest] * len(gold), gold, [0.0], config, seed)
     return {name: value for name, value in result.items() if name != "loss"}
+
+
+def calibration_error(correct: Sequence[bool], confidence: Sequence[float]) -> float:
+    """Expected calibration error: mean |accuracy - confidence| over 15 even bins of confidence, by their rows.
+
+    Guo et al., arXiv 1706.04599, equation 3.
+    """
+    right, sure = np.asarray(correct, dtype=float), np.asarray(confidence)
+    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(bins, right - sure, BINS)
+    return float(np.abs(gaps).sum() / len(sure))
 
 
 def confusion(predicted: Sequence[str], gold: Sequence[str], labels: Sequence[str]) -> list[list[int]]:

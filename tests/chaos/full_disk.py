@@ -51,7 +51,10 @@ def writers(work: Path) -> dict[str, Writer]:
     """Whatever writes an artifact, a checkpoint or a record, by name; each is given a folder."""
     chain, rows = chain_of("llama", work, 1, FP32), rows_of("llama", 600)
     named = {"q.A": Parameter(torch.randn(60, 400)), "q.B": Parameter(torch.randn(400, 60))}
-    optimizer, answers = torch.optim.AdamW(named.values()), Answers(*(["a"] * 600 for _ in range(3)), [0.5] * 600)
+    optimizer, answers = (
+        torch.optim.AdamW(named.values()),
+        Answers(*(["a"] * 600 for _ in range(3)), *([0.5] * 600 for _ in range(2))),
+    )
 
     def split(folder: Path) -> None:
         with new_dir(folder / "prepare") as new:

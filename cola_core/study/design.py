@@ -1,0 +1,159 @@
+"""A study's file: recipes x tasks x models x learning rates x seeds, and what is to be told from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product, starmap
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cola_core.config.base import Strict, parse
+from cola_core.config.reading import read_yaml
+from cola_core.errors import suggest
+
+__all__ = ["Cell", "Design", "Group", "read_design"]
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+Overrides = list[str]
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """What one learning rate is chosen for."""
+
+    model: str
+    task: str
+    recipe: str
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One training run; phase: sweep = a learning rate is tried, test = its chain is scored on the test rows."""
+
+    phase: Literal["sweep", "test"]
+    group: Group
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What it is called in lists and as a file."""
+        group = self.group
+        return f"{group.model}-{group.task}-{group.recipe}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+class Arm(Strict):
+    """One value of an axis.
+
+    set: Hydra overrides, as after `dvc exp run -S`; note: what the report says of it; headline: whether a task counts
+    in the mean over tasks; control: whether a recipe stands beside the comparison instead of in it;
+    learning_rates: of a recipe, where the study's own are out of its range.
+    """
+
+    set: Overrides
+    note: str = ""
+    headline: bool = True
+    control: bool = False
+    learning_rates: list[float] | None = None
+
+
+class Sweep(Strict):
+    """How every recipe's learning rate is chosen on each task and model: the lowest validation loss, mean over seeds.
+
+    learning_rates: in rising order; while the best stands at an end, the grid goes on there by its own last factor, at
+    most `extend` times in all; default: the rate that stands for "not tuned" in the report.
+    by: grid; optuna = `trials` rates by Optuna's TPE between the two ends of the grid.
+    """
+
+    learning_rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    extend: int = Field(default=4, ge=0)
+    default: float | None = None
+    by: Literal["grid", "optuna"] = "grid"
+    trials: int = Field(default=8, ge=2)
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _rise(cls, value: list[float]) -> list[float]:
+        if sorted(set(value)) != value:
+            raise ValueError("in rising order, each once")
+        return value
+
+
+class Budget(Strict):
+    """What every row of a table has spent alike.
+
+    steps: optimizer steps of one whole chain; charge: whether a probe's passes are paid for with steps, at one and a
+    half training rows for each of its rows (a backward pass that has weight gradients beside one that has none).
+    """
+
+    steps: int = Field(ge=1)
+    charge: bool = True
+
+
+class Tests(Strict):
+    """What is asked of the numbers, fixed before there are any.
+
+    baseline: the recipe that every other is compared with; level: of the whole family of tests; power: with which the
+    smallest detectable difference is told; margin: a difference in accuracy that would not matter.
+    """
+
+    baseline: str
+    level: float = Field(default=0.05, gt=0, lt=1)
+    power: float = Field(default=0.8, gt=0, lt=1)
+    margin: float = Field(default=0.01, gt=0, lt=1)
+
+
+class Design(Strict):
+    """The whole file.
+
+    out: folder of records and report, relative to the checkout; set: overrides of every cell; seeds: fresh ones, scored
+    on the test rows; expected: what is expected and what would refute it, written before the first cell.
+    """
+
+    name: Name
+    title: str
+    question: str
+    expected: str
+    out: str
+    set: Overrides
+    models: dict[Name, Arm] = Field(min_length=1)
+    tasks: dict[Name, Arm] = Field(min_length=1)
+    recipes: dict[Name, Arm] = Field(min_length=1)
+    sweep: Sweep
+    seeds: list[int] = Field(min_length=1)
+    budget: Budget
+    tests: Tests
+
+    @model_validator(mode="after")
+    def _fits(self) -> Design:
+        if both := sorted({*self.seeds} & {*self.sweep.seeds}):
+            raise ValueError(f"seeds: {both[0]} is a seed of the sweep; test scores need fresh ones")
+        if self.tests.baseline not in self.recipes:
+            raise ValueError(f"tests.baseline: {self.tests.baseline!r}{suggest(self.tests.baseline, self.recipes)}")
+        return self
+
+    def groups(self) -> Iterator[Group]:
+        """Every combination that has a learning rate of its own."""
+        return starmap(Group, product(self.models, self.tasks, self.recipes))
+
+    def rates(self, recipe: str) -> list[float]:
+        """The sweep's first learning rates of a recipe."""
+        return self.recipes[recipe].learning_rates or self.sweep.learning_rates
+
+    def overrides(self, group: Group) -> Overrides:
+        """What composes the parameters of a group's cells, learning rate and seed apart."""
+        arms = self.models[group.model], self.tasks[group.task], self.recipes[group.recipe]
+        return [*self.set, *(override for arm in arms for override in arm.set)]
+
+
+def read_design(path: Path) -> Design:
+    """Read a study's file.
+
+    Raises:
+        UserError: it is missing, or the first thing wrong in it, with its dotted key.
+    """
+    return parse(Design, read_yaml(path), "", file=str(path))

@@ -1,0 +1,156 @@
+"""The study as a Prefect flow: every cell is a task run, on floor(cores / threads) processes."""
+
+# No `from __future__ import annotations`: a deployment's process could not resolve the flow's own annotations.
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import prefect
+from prefect import Task, get_run_logger
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+from prefect.states import Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from cola_core.assets.cache import cache_root
+from cola_core.errors import RetryError, UserError, system_told
+from cola_core.files import scratch
+from cola_core.study.design import Cell, Design, Group, read_design
+from cola_core.study.results import Result, read_results
+from cola_core.study.sweep import wanted
+from flows.server import reported, stoppable
+from flows.slots import pool_size
+from flows.snapshot import checkout, snapshot, unpacked
+from flows.study.board import Board, board
+from flows.study.keep import keep, record_of
+from flows.study.orders import Orders
+from flows.study.pool import Pool
+from tasks.places import home
+
+__all__ = ["cola_study"]
+
+CODE = ("cola_core", "tasks", "conf", "dvc.yaml", "params.yaml")
+RETRIES, RETRY_SECONDS = 2, 10.0
+State = prefect.State[Any]
+Ended = tuple[Cell, Result | Exception]
+
+
+@prefect.flow(name="cola-study")
+def cola_study(file: str, hours: float | None = None) -> State:
+    """Run every cell of a study that has no result yet; a result, once written, is final.
+
+    Args:
+        file: the study's file, relative to the checkout.
+        hours: start no cell after so many; what runs then is finished.
+    """
+    with stoppable():
+        return reported(_attempt(Path(file), hours))
+
+
+def _attempt(file: Path, hours: float | None) -> State:
+    try:
+        with system_told():
+            root = checkout()
+            design = read_design(root / file)
+            tree = snapshot(root, False)
+            with unpacked(root, tree, *CODE) as code, scratch(cache_root(), "study") as looks:
+                return _Study(design, root, tree, Orders(design, code, looks)).run(hours)
+    except (UserError, RetryError) as error:
+        return Failed(message=str(error), data=error)
+
+
+@dataclass
+class _Study:
+    design: Design
+    root: Path
+    tree: str
+    orders: Orders
+
+    def run(self, hours: float | None) -> State:
+        """Cells until none is missing, the time is over, or one shows a mistake in the study."""
+        until = time.monotonic() + hours * 3600 if hours is not None else float("inf")
+        folder = self.root / self.design.out
+        results = [result for result in read_results(folder) if self._current(result)]
+        size = self._size()
+        ended: Queue[Ended] = Queue()
+        shown = Board(self.design, results, size)
+        running: dict[Cell, PrefectFuture[Any]] = {}
+        trouble: Exception | None = None
+        threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(size)
+        with Pool(self.orders.code, self.root, size) as pool, board(shown), threads as runner:
+            while True:
+                if trouble is None and time.monotonic() < until:
+                    for cell in (c for c in wanted(self.design, results) if c not in running):
+                        if len(running) >= size:
+                            break
+                        shown.started(cell)
+                        running[cell] = runner.submit(self._task(cell, pool, ended.put), {}, [])
+                if not running:
+                    break
+                cell, outcome = ended.get()
+                running.pop(cell).wait()
+                if isinstance(outcome, Exception):
+                    trouble = outcome
+                else:
+                    get_run_logger().info(shown.ended(outcome))
+        if trouble is not None:
+            return Failed(message=str(trouble), data=trouble)
+        left = len(list(wanted(self.design, results)))
+        return Completed(message=f"{left} cells are left; the same command goes on" if left else "all cells are done")
+
+    def _current(self, result: Result) -> bool:
+        """Whether the study still has this cell, with these parameters."""
+        there = result.cell.group in self.groups and self.orders.plan(result.cell).key == result.content["key"]
+        if not there:
+            get_run_logger().warning("%s: of other parameters than the study has now; not counted", result.cell.name)
+        return there
+
+    @cached_property
+    def groups(self) -> set[Group]:
+        """Every group of the study, each composed and checked before the first cell starts."""
+        groups = list(self.design.groups())
+        for group in groups:
+            self.orders.of_group(group)
+        return set(groups)
+
+    def _size(self) -> int:
+        """Cells that run at once: those with most threads decide."""
+        return min(pool_size(self.orders.of_group(group)["machine"]["threads"]) for group in self.groups)
+
+    def _task(self, cell: Cell, pool: Pool, ended: Callable[[Ended], None]) -> "Task[[], State]":
+        def run_cell() -> State:
+            try:
+                result = self._cell(cell, pool)
+            except (UserError, RetryError) as error:
+                ended((cell, error))
+                return Failed(message=str(error), data=error)
+            except BaseException as error:
+                ended((cell, UserError(f"{cell.name}: {type(error).__name__}: {error}")))
+                raise
+            ended((cell, result))
+            return Completed(name="Diverged", message=result.content["failed"]) if result.failed else Completed()
+
+        return Task(run_cell, name="cell", task_run_name=f"{cell.phase}-{cell.name}", cache_policy=NO_CACHE)
+
+    def _cell(self, cell: Cell, pool: Pool) -> Result:
+        planned, started = self.orders.plan(cell), time.time()
+        folder = home() / "studies" / self.design.name / f"{cell.phase}-{cell.name}-{planned.key[:8]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "params.yaml").write_text(planned.params, encoding="utf-8")
+        for attempt in range(RETRIES + 1):
+            try:
+                answer = pool.run(planned.order(folder))
+                break
+            except RetryError:
+                if attempt == RETRIES:
+                    raise
+                time.sleep(RETRY_SECONDS)
+        result = keep(self.design, self.root / self.design.out, planned, answer, self.tree)
+        record_of(self.design, planned, result, started)
+        shutil.rmtree(folder, ignore_errors=True)
+        return result

@@ -1,0 +1,91 @@
+"""What becomes of a cell's answer: a result file that is final, and a record for MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cola_core.config.reading import load_yaml
+from cola_core.errors import RetryError, UserError
+from cola_core.sealed import write_sealed
+from cola_core.study.design import Design
+from cola_core.study.results import Result, result_file, write_packed
+from flows.study.orders import Planned
+from tasks.places import home
+
+__all__ = ["keep", "record_of"]
+
+TRAINING = ("link@", "profile@")  # what fails there is an outcome of the recipe; elsewhere it is a mistake in the study
+
+
+def keep(design: Design, folder: Path, planned: Planned, answer: Mapping[str, Any], tree: str) -> Result:
+    """Write a cell's result, final from then on.
+
+    Args:
+        folder: of the study's results; answer: what the cell's process said; tree: git's name for the code that ran.
+
+    Raises:
+        UserError, RetryError: the cell ended before or after its training with a mistake, or with what may pass.
+    """
+    if "error" in answer and not (answer["code"] == 2 and answer["stage"].startswith(TRAINING)):
+        raise (RetryError if answer["code"] == RetryError.exit_code else UserError)(
+            f"{planned.cell.name}: {answer['stage']}: {answer['error']}"
+        )
+    cell = planned.cell
+    content = {
+        "cell": {**vars(cell.group), "phase": cell.phase, "learning_rate": cell.learning_rate, "seed": cell.seed},
+        "key": planned.key,
+        "command": planned.command,
+        "code": tree,
+        **(answer["result"] if "result" in answer else {"failed": answer["error"]}),
+    }
+    if rows := content.pop("rows", None):
+        name = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+        content["rows"] = name
+        if not (path := folder / "rows" / f"{name}.json.gz").is_file():
+            write_packed(path, rows)
+    write_packed(result_file(folder, cell, planned.key), content)
+    return Result(cell, content)
+
+
+def record_of(design: Design, planned: Planned, result: Result, started: float) -> Path:
+    """Leave the record that `cola sync` makes one MLflow run of."""
+    raw, content = load_yaml(planned.params), result.content
+    identity = hashlib.sha256(f"{design.name} {planned.key}".encode()).hexdigest()[:16]
+    links = content.get("links", [])
+    losses = [loss for link in links for loss in link["losses"]]
+    numbers = {"validation_loss": result.validation_loss, **result.metrics} if not result.failed else {}
+    sections = ("machine", "targets", "schedule", "profile", "allocate", "link", "prepare", "chain")
+    record = {
+        "id": identity,
+        "stage": planned.cell.name,
+        "status": "FAILED" if result.failed else "FINISHED",
+        "experiment": f"study-{design.name}",
+        "chain": links[-1]["chain"] if links else None,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(),
+        "seconds": round(time.time() - started, 3),
+        "params": {"phase": planned.cell.phase, "command": planned.command, **{name: raw[name] for name in sections}},
+        "machine": content.get("machine", {}),
+        "recipe": planned.cell.group.recipe,
+        "task": raw["task"],
+        "seed": raw["seed"],
+        "metrics": {name: float(value) for name, value in numbers.items()},
+        "series": {"loss": [[step, loss] for step, loss in enumerate(losses, start=1)]},
+        "inputs": {},
+        "outputs": {},
+        "artifacts": [],
+    }
+    path = home() / "records" / f"cell-{identity}.json"
+    write_sealed(path, "record", record)
+    return path
+
+
+def forget(folder: Path) -> None:
+    """Remove a finished cell's artifacts."""
+    shutil.rmtree(folder, ignore_errors=True)

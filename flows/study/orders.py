@@ -1,0 +1,134 @@
+"""What a cell's process is told to do: parameters composed from conf/, and the stages that dvc.yaml makes of them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cola_core.config.params import Params, check_params, knot_of
+from cola_core.config.reading import load_yaml
+from cola_core.errors import UserError
+from cola_core.study.design import Cell, Design, Group
+from flows.compose import compose
+from flows.project import project
+from tasks.cell import StageOrder
+
+__all__ = ["Orders", "Planned"]
+
+PASSES = 1.5  # of a probe's row beside a training row: a backward pass that has weight gradients, one that has none
+LAST = {"sweep": "link@{final}", "test": "evaluate"}  # a sweep never sees the test rows
+CHEAP = ["merge.checkpoint=false", "merge.flat_adapter=false", "merge.portable_adapter=false"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell ready to run: its params.yaml, the overrides that compose it, and its stages in order."""
+
+    cell: Cell
+    overrides: list[str]
+    params: str
+    stages: list[StageOrder]
+
+    @property
+    def key(self) -> str:
+        """A hash of the parameters."""
+        return hashlib.sha256(json.dumps(load_yaml(self.params), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def command(self) -> str:
+        """What runs the cell again under DVC, registry and all."""
+        return "dvc exp run " + " ".join(f"-S {shlex.quote(override)}" for override in self.overrides)
+
+    def order(self, folder: Path) -> dict[str, Any]:
+        """The line for a cell's process."""
+        return {"folder": str(folder), "stages": [asdict(stage) for stage in self.stages]}
+
+
+@dataclass
+class Orders:
+    """Plans cells of one study with the code and conf/ at `code`; `scratch` is a folder for DVC to look at."""
+
+    design: Design
+    code: Path
+    scratch: Path
+    composed: dict[Group, dict[str, Any]] = field(default_factory=dict)
+    graphs: dict[str, list[StageOrder]] = field(default_factory=dict)
+
+    def plan(self, cell: Cell) -> Planned:
+        """A cell's parameters, those of its group with its own learning rate and seed.
+
+        Raises:
+            UserError: an unknown choice or key in the study's file, or values that do not compose.
+        """
+        raw = copy.deepcopy(self.of_group(cell.group))
+        raw["link"]["learning_rate"], raw["seed"] = cell.learning_rate, cell.seed
+        overrides = [
+            *(*CHEAP, *self.design.overrides(cell.group), f"schedule.horizon={raw['schedule']['horizon']}"),
+            *(f"link.learning_rate={cell.learning_rate:g}", f"seed={cell.seed}"),
+        ]
+        return Planned(cell, overrides, yaml.safe_dump(raw, sort_keys=False), self._stages(raw, LAST[cell.phase]))
+
+    def of_group(self, group: Group) -> dict[str, Any]:
+        """The parameters that a group's cells share; where probes are charged, its chain has fewer steps."""
+        if group not in self.composed:
+            overrides, steps = [*CHEAP, *self.design.overrides(group)], self.design.budget.steps
+            raw = self._compose([*overrides, f"schedule.horizon={steps}"])
+            if self.design.budget.charge and (spent := _probe_steps(check_params(raw))):
+                raw = self._compose([*overrides, f"schedule.horizon={steps - spent}"])
+            self.composed[group] = raw
+        return self.composed[group]
+
+    def _compose(self, overrides: list[str]) -> dict[str, Any]:
+        try:
+            return load_yaml(compose(self.code, {}, overrides))
+        except UserError as error:
+            raise UserError(f"{self.design.name}: {' '.join(overrides)}: {error}") from None
+
+    def _stages(self, raw: dict[str, Any], last: str) -> list[StageOrder]:
+        """The stages up to `last`; a graph depends on the chain alone, so DVC is asked once for every chain."""
+        shape = json.dumps(
+            [raw["final"], {key: [i["prev"], i["profile_from"]] for key, i in raw["chain"].items()}, last]
+        )
+        if shape not in self.graphs:
+            (self.scratch / ".dvc").mkdir(exist_ok=True)
+            (self.scratch / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n", "utf-8")
+            (self.scratch / "dvc.yaml").write_bytes((self.code / "dvc.yaml").read_bytes())
+            (self.scratch / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+            self.graphs[shape] = list(_orders(self.scratch, last.format(final=raw["final"])))
+        return self.graphs[shape]
+
+
+def _probe_steps(params: Params) -> int:
+    """Training steps that cost as much as the chain's probes."""
+    knots = {key: knot_of(params, key) for key, item in params.chain.items() if item.profile_from == key}
+    probes = [knot for knot in knots.values() if knot.profile.probe != "none"]
+    return sum(round(PASSES * params.prepare.probe / knot.link.batch) for knot in probes)
+
+
+def _orders(folder: Path, last: str) -> Iterator[StageOrder]:
+    """Every stage that `last` needs, each after those it needs itself."""
+    import networkx
+
+    with project(folder) as repo:
+        graph = repo.index.graph
+        stages = {stage.name: stage for stage in networkx.dfs_postorder_nodes(graph) if stage.cmd}
+        if last not in stages:
+            raise UserError(f"dvc.yaml: has no stage {last}")
+        needed = networkx.descendants(graph, stages[last]) | {stages[last]}
+        for stage in stages.values():
+            if stage in needed:
+                before = networkx.descendants(graph, stage) | {stage}
+                shared = not any(each.name.startswith(("link@", "merge")) for each in before)
+                files = [dep for dep in stage.deps if not hasattr(dep, "params")]
+                params = [dotted for dep in stage.deps if hasattr(dep, "params") for dotted in dep.params]
+                yield StageOrder(
+                    *(stage.name, params, [dep.def_path for dep in files], [out.def_path for out in stage.outs], shared)
+                )

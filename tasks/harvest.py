@@ -1,0 +1,97 @@
+"""What a study keeps of a cell once its artifacts go: numbers, ranks, curves, hashes and predictions."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cola_core.checksums import check_files
+from cola_core.files import read_json, tree_hash
+from cola_core.sealed import read_sealed
+from tasks.places import ARTIFACTS, link_dir
+
+__all__ = ["harvest"]
+
+TOLD = ("kept", "kept_step", "steps", "tokens", "probe_tokens", "trainable_parameters", "validation_loss")
+DIGITS = 5
+
+
+def harvest(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that a report may ask of the cell in this folder.
+
+    Returns:
+        validation_loss of the whole chain; links: per link what it spent, its ranks, its losses, what its probe found,
+        and hashes of its adapter and of the chain up to it; and where the cell was scored: metrics, base, majority,
+        predictions (in the order of `rows`) and rows (ids and gold labels).
+    """
+    links = [_link(key, raw["chain"][key]["profile_from"]) for key in sorted(raw["chain"], key=int)]
+    scored = _scored(raw["final"]) if (ARTIFACTS / "evaluate").is_dir() else {}
+    return {"validation_loss": links[-1]["validation_loss"], "links": links, "machine": _machine(), **scored}
+
+
+def _machine() -> dict[str, Any]:
+    """What the last digits depend on."""
+    torch = sys.modules["torch"]
+    return {"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
+def _link(key: str, profile_from: str) -> dict[str, Any]:
+    folder = link_dir(key)
+    record = read_sealed(folder / "link.json", "link")
+    ranks = read_sealed(ARTIFACTS / "links" / key / "ranks.json", "ranks")
+    profile = read_sealed(link_dir(profile_from, "profile") / "profile.json", "profile")
+    with (folder / "losses.csv").open(encoding="utf-8", newline="") as file:
+        steps = list(csv.DictReader(file))
+    found = {name: record[name] for name in TOLD}
+    return found | {
+        "ranks": ranks["ranks"],
+        "budget": ranks["budget"],
+        "spent": ranks["spent"],
+        "losses": [_short(step["loss"]) for step in steps],
+        "validation": [[int(step["step"]), _short(step["validation"])] for step in steps if step["validation"]],
+        "knot_change": record["knot"]["score_change"],
+        "probe": _probe(profile),
+        "adapter": _adapter(folder),
+        "chain": tree_hash(folder / "link.json"),
+    }
+
+
+def _adapter(folder: Path) -> str | None:
+    """sha256 of the pair's file; none for a link that was dropped."""
+    file = folder / "adapter_model.safetensors"
+    return tree_hash(file) if file.is_file() else None
+
+
+def _probe(profile: Mapping[str, Any]) -> dict[str, float] | None:
+    """Loss and Frank-Wolfe gap before the link, where a gradient was taken."""
+    if profile["probe"] == "none":
+        return None
+    modules = profile["modules"].values()
+    gaps = [module["gap"] for module in modules if module["gap"] is not None]
+    return {"loss": profile["loss"], "gap": sum(gaps), "gap_valid": sum(m["gap_valid"] for m in modules) / len(modules)}
+
+
+def _scored(final: str) -> dict[str, Any]:
+    import pyarrow as pa
+
+    for stage in ("evaluate", "evaluate_base"):
+        check_files(ARTIFACTS / stage)
+    metrics = read_json(ARTIFACTS / "evaluate/metrics.json")
+    with pa.memory_map(str(ARTIFACTS / "evaluate/predictions.arrow")) as source:
+        table = pa.ipc.open_stream(source).read_all().to_pydict()
+    mine = {name.removeprefix(f"links_{final}_"): column for name, column in table.items()}
+    predictions = {
+        "correct": "".join(str(int(bit)) for bit in mine["correct"]),
+        "predicted": mine["predicted"],
+        **{name: [_short(value) for value in mine[name]] for name in ("loss", "confidence") if name in mine},
+    }
+    top = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    others = {name: metrics[name] for name in ("base", "majority") if name in metrics}
+    return {"metrics": top, **others, "predictions": predictions, "rows": {"id": table["id"], "gold": table["gold"]}}
+
+
+def _short(value: float | str) -> float:
+    return round(float(value), DIGITS)
