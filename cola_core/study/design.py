@@ -50,7 +50,7 @@ class Arm(Strict):
 
     set: Hydra overrides, as after `dvc exp run -S`; note: what the report says of it; headline: whether a task counts
     in the mean over tasks; control: whether a recipe stands beside the comparison instead of in it;
-    learning_rates: of a recipe, where the study's own are out of its range.
+    learning_rates: of a recipe, where the study's own are out of its range; tasks: where a recipe runs, null = on all.
     """
 
     set: Overrides
@@ -58,6 +58,7 @@ class Arm(Strict):
     headline: bool = True
     control: bool = False
     learning_rates: list[float] | None = None
+    tasks: list[str] | None = None
 
 
 class Sweep(Strict):
@@ -132,13 +133,19 @@ class Design(Strict):
     def _fits(self) -> Design:
         if both := sorted({*self.seeds} & {*self.sweep.seeds}):
             raise ValueError(f"seeds: {both[0]} is a seed of the sweep; test scores need fresh ones")
+        for name, arm in self.recipes.items():
+            for task in arm.tasks or ():
+                if task not in self.tasks:
+                    raise ValueError(f"recipes.{name}.tasks: {task!r}{suggest(task, self.tasks)}")
         if self.tests.baseline not in self.recipes:
             raise ValueError(f"tests.baseline: {self.tests.baseline!r}{suggest(self.tests.baseline, self.recipes)}")
         return self
 
     def groups(self) -> Iterator[Group]:
         """Every combination that has a learning rate of its own."""
-        return starmap(Group, product(self.models, self.tasks, self.recipes))
+        for group in starmap(Group, product(self.models, self.tasks, self.recipes)):
+            if group.task in (self.recipes[group.recipe].tasks or self.tasks):
+                yield group
 
     def rates(self, recipe: str) -> list[float]:
         """The sweep's first learning rates of a recipe."""

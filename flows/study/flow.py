@@ -59,7 +59,7 @@ def _attempt(file: Path, hours: float | None) -> State:
             design = read_design(root / file)
             tree = snapshot(root, False)
             with unpacked(root, tree, *CODE) as code, scratch(cache_root(), "study") as looks:
-                return _Study(design, root, tree, Orders(design, code, looks)).run(hours)
+                return _Study(design, root, Orders(design, tree, code, looks)).run(hours)
     except (UserError, RetryError) as error:
         return Failed(message=str(error), data=error)
 
@@ -68,7 +68,6 @@ def _attempt(file: Path, hours: float | None) -> State:
 class _Study:
     design: Design
     root: Path
-    tree: str
     orders: Orders
 
     def run(self, hours: float | None) -> State:
@@ -150,7 +149,7 @@ class _Study:
                 if attempt == RETRIES:
                     raise
                 time.sleep(RETRY_SECONDS)
-        result = keep(self.design, self.root / self.design.out, planned, answer, self.tree)
+        result = keep(self.design, self.root / self.design.out, planned, answer, self.orders.tree)
         record_of(self.design, planned, result, started)
         shutil.rmtree(folder, ignore_errors=True)
         return result

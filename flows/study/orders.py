@@ -16,10 +16,12 @@ import yaml
 from cola_core.config.params import Params, check_params, knot_of
 from cola_core.config.reading import load_yaml
 from cola_core.errors import UserError
+from cola_core.files import new_file
 from cola_core.study.design import Cell, Design, Group
 from flows.compose import compose
 from flows.project import project
 from tasks.cell import StageOrder
+from tasks.places import home
 
 __all__ = ["Orders", "Planned"]
 
@@ -54,9 +56,13 @@ class Planned:
 
 @dataclass
 class Orders:
-    """Plans cells of one study with the code and conf/ at `code`; `scratch` is a folder for DVC to look at."""
+    """Plans cells of one study with the code and conf/ at `code`, which is git's `tree`.
+
+    scratch: a folder for DVC to look at.
+    """
 
     design: Design
+    tree: str
     code: Path
     scratch: Path
     composed: dict[Group, dict[str, Any]] = field(default_factory=dict)
@@ -87,8 +93,18 @@ class Orders:
         return self.composed[group]
 
     def _compose(self, overrides: list[str]) -> dict[str, Any]:
+        """Hydra takes a quarter of a second, so what it made of the same files is kept."""
+        name = hashlib.sha256(json.dumps([self.tree, overrides]).encode()).hexdigest()[:32]
+        kept = home() / "studies" / "composed" / f"{name}.yaml"
+        if not kept.is_file():
+            text = self._composed(overrides)
+            with new_file(kept) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        return load_yaml(kept.read_text(encoding="utf-8"))
+
+    def _composed(self, overrides: list[str]) -> str:
         try:
-            return load_yaml(compose(self.code, {}, overrides))
+            return compose(self.code, {}, overrides)
         except UserError as error:
             raise UserError(f"{self.design.name}: {' '.join(overrides)}: {error}") from None
 
