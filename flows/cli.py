@@ -60,6 +60,28 @@ def run(
 
 
 @cli.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="The study's file, such as studies/main.yaml.")],
+    budget: Annotated[float | None, typer.Option(metavar="HOURS", help="Start no cell after so long.", min=0)] = None,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing, write the report alone.")] = False,
+) -> None:
+    """Run what is missing of a study - recipes, tasks, learning rates, seeds - and write its report."""
+    if not report:
+        from flows.start import start_study
+
+        return start_study(file, budget)
+    from cola_core.study.design import read_design
+    from flows.child import quiet
+    from flows.snapshot import checkout
+
+    quiet()
+    from flows.study.writing import write_report
+
+    print(f"written: {write_report(read_design(file), checkout())}")
+    return None
+
+
+@cli.command()
 def serve(
     name: Annotated[str, typer.Option(help="Name of the deployment.")] = "local",
     cron: Annotated[str, typer.Option(help="When to run the branch's last commit.")] = "0 2 * * *",

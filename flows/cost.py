@@ -42,8 +42,9 @@ def cost(task: str, key: str | None, params: Params, size: Sizes) -> Cost | None
 
 def reference_ranks(key: str, params: Params, size: Sizes) -> dict[str, int]:
     """The reference rank of a link's every target."""
-    rank, modules = knot_of(params, key).allocate.rank, size.shape.modules
-    return {name: min(rank, *modules[name]) for name in select_targets(modules, params.targets)}
+    config, modules = knot_of(params, key).allocate, size.shape.modules
+    rank = math.inf if config.allocator.kind == "full" else config.rank
+    return {name: int(min(rank, *modules[name])) for name in select_targets(modules, params.targets)}
 
 
 def _profile(key: str, params: Params, size: Sizes) -> Cost:
@@ -104,6 +105,7 @@ TRAINED: dict[str, Callable[[LinkConfig, int, int, int], int]] = {
     "frozen_b": lambda config, rank, out, inner: rank * inner,
     "gated": lambda config, rank, out, inner: rank * (out + inner + 1),
     "softmax_gated": lambda config, rank, out, inner: rank * (out + inner + 1),
+    "dense": lambda config, rank, out, inner: out * inner,
     "nola": lambda config, rank, out, inner: 2 * config.parametrisation.bases,  # type: ignore[union-attr]
 }
 

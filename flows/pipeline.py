@@ -1,8 +1,6 @@
 """The Prefect flow: one run of the pipeline in a workspace of its own, one task per stage that DVC knows."""
 
 # No `from __future__ import annotations`: a deployment's process could not resolve the flow's own annotations.
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,16 +17,16 @@ from cola_core.errors import RetryError, UserError, system_told
 from cola_core.secrets import mask
 from flows.about import about
 from flows.artifacts import show
-from flows.child import Dvc, environment
+from flows.child import Dvc
 from flows.clean import trim
 from flows.compose import choices, compose
 from flows.graph import Stage, outline
 from flows.mend import mend
+from flows.posting import post
 from flows.server import only_shown, reported, stoppable
 from flows.slots import pool_size, slot
 from flows.snapshot import checkout, runs, snapshot, unpacked
 from flows.workspace import Workspace, opened
-from tasks.pending import unsynced
 
 __all__ = ["cola_pipeline"]
 
@@ -103,7 +101,7 @@ def _run(root: Path, tree: str, text: str) -> State:
     with slot(runs(root).parent / "slots", size, lambda: log.info(busy)), opened(root, tree, text, title) as workspace:
         log.info("workspace %s", workspace.path)
         failed = _stages(workspace)
-        _sync(workspace)
+        post(workspace.path)
         if failed:
             return failed
         workspace.finish()
@@ -163,17 +161,3 @@ def _as_task(workspace: Workspace, stage: Stage, dvc: Dvc | None) -> "Task[[], S
 def _may_succeed_later(_: Any, __: Any, state: State) -> bool:
     """Only exit code 75 says so."""
     return isinstance(state.result(raise_on_failure=False), RetryError)
-
-
-def _sync(workspace: Workspace) -> None:
-    """Post the stages' records to MLflow; a store that is away fails nothing, the records wait for `cola sync`."""
-    if not unsynced():
-        return
-    log = get_run_logger()
-    command = [sys.executable, "-m", "tasks.sync"]
-    done = subprocess.run(
-        command, cwd=workspace.path, env=environment(), capture_output=True, text=True, errors="replace", check=False
-    )
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    if lines:
-        (log.warning if done.returncode else log.info)(mask(lines[-1]))

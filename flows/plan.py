@@ -16,7 +16,7 @@ from flows.graph import Fate, plan, stages
 from flows.sizes import Sizes, sizes
 from flows.timing import Timing, alternatives, measure
 
-__all__ = ["Line", "Plan", "make_plan"]
+__all__ = ["Line", "Plan", "make_plan", "speed_of"]
 
 WORTH = 0.95  # another setting is proposed only where it takes less than this share of the time
 
@@ -65,7 +65,7 @@ def make_plan(root: Path, timed: bool = True) -> Plan:
     if size is not None and ready and timed:
         ranks = reference_ranks("1", params, size)
         timings = list(measure(root, knot_of(params, "1").link, ranks, alternatives(params.machine)))
-    speed = _speed(params, size, timings[0]) if size and timings else None
+    speed = speed_of(params, size, timings[0]) if size and timings else None
     fates = plan(root)
     lines = [
         _line(stage.name, fates[stage.name], cost(stage.task, stage.key, params, size) if size else None, speed)
@@ -99,7 +99,7 @@ COUNTED = {
 }
 
 
-def _speed(params: Params, size: Sizes, timing: Timing) -> float:
+def speed_of(params: Params, size: Sizes, timing: Timing) -> float:
     """FLOP per second of a training micro-step, by the same arithmetic as the costs."""
     return lora_step(size.shape, timing.work, reference_ranks("1", params, size)) / timing.seconds
 

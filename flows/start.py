@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cola_core.errors import RetryError, UserError
+from cola_core.study.design import read_design
 from flows.child import quiet
 from flows.compose import compose
 from flows.snapshot import checkout, snapshot, unpacked
@@ -15,7 +17,7 @@ from flows.snapshot import checkout, snapshot, unpacked
 if TYPE_CHECKING:
     from prefect import State
 
-__all__ = ["start"]
+__all__ = ["start", "start_study"]
 
 
 def start(picks: Mapping[str, str | None], seed: int | None, overrides: Sequence[str], committed: bool) -> None:
@@ -27,9 +29,40 @@ def start(picks: Mapping[str, str | None], seed: int | None, overrides: Sequence
     Raises:
         UserError, RetryError: what went wrong, in the words of the stage that failed.
     """
+    root = checkout()
+    seeded = [*overrides, *([f"seed={seed}"] if seed is not None else [])]
+    with unpacked(root, snapshot(root, committed), "conf", "params.yaml") as folder:
+        compose(folder, picks, seeded)
+
+    def pipeline() -> State[Any]:
+        from flows.pipeline import cola_pipeline
+
+        return cola_pipeline(**picks, seed=seed, overrides=list(overrides), committed=committed, return_state=True)
+
+    _to_the_end(pipeline)
+
+
+def start_study(file: Path, hours: float | None) -> None:
+    """Run what is missing of a study, and print where its report is.
+
+    Raises:
+        UserError, RetryError: a mistake in the study's file, or what stopped a cell.
+    """
+    read_design(file)
+
+    def study() -> State[Any]:
+        from flows.study.flow import cola_study
+
+        return cola_study(str(file.resolve().relative_to(checkout())), hours, return_state=True)
+
+    _to_the_end(study)
+
+
+def _to_the_end(flow: Callable[[], State[Any]]) -> None:
+    """Run a flow and tell its end: its last message, or its error."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        state = _run(picks, seed, overrides, committed)
+        state = _run(flow)
     except (KeyboardInterrupt, SystemExit):
         print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
         raise
@@ -40,21 +73,16 @@ def start(picks: Mapping[str, str | None], seed: int | None, overrides: Sequence
     raise error if isinstance(error, RetryError) else UserError(state.message or f"the run ended as {state.name}")
 
 
-def _run(picks: Mapping[str, str | None], seed: int | None, overrides: Sequence[str], committed: bool) -> State[Any]:
-    """Mistakes first, then the server, then the flow; its last state, whether Prefect could be told of it or not."""
-    root = checkout()
-    seeded = [*overrides, *([f"seed={seed}"] if seed is not None else [])]
-    with unpacked(root, snapshot(root, committed), "conf", "params.yaml") as folder:
-        compose(folder, picks, seeded)
+def _run(flow: Callable[[], State[Any]]) -> State[Any]:
+    """The server first, then the flow; its last state, whether Prefect could be told of it or not."""
     quiet()
     from httpx import HTTPError
 
-    from flows.pipeline import cola_pipeline
     from flows.server import Unreported, check_server, gone
 
     check_server()
     try:
-        return cola_pipeline(**picks, seed=seed, overrides=list(overrides), committed=committed, return_state=True)
+        return flow()
     except Unreported as end:
         if end.__cause__:
             raise end.__cause__ from None

@@ -53,6 +53,8 @@ class StageOrder:
 def main() -> None:
     """Answer `{"folder": ..., "stages": [...]}` with `{"result": ...}` or `{"error": line, "stage": ..., "code": ...}`.
 
+    The result is what `tasks.harvest` takes of a cell that has trained, and how long each stage took.
+
     The folder holds the cell's params.yaml, and its outs until whoever ordered it removes it. Code 2 is a mistake (or a
     link whose training failed), 75 may succeed later, 1 is a crash.
     """
@@ -78,7 +80,12 @@ def _answer(folder: Path, stages: list[StageOrder]) -> dict[str, Any]:
                 _bring(order, raw)
                 seconds[stage] = round(time.monotonic() - begun, 3)
             forget_finished()
-            result = {**harvest(raw), "seconds": seconds, "cpu_seconds": round(time.process_time() - computed, 3)}
+            trained = any(order.name.startswith("link@") for order in stages)
+            result = {
+                **(harvest(raw) if trained else {}),
+                "seconds": seconds,
+                "cpu_seconds": round(time.process_time() - computed, 3),
+            }
             return {"result": result}
         except (UserError, RetryError) as error:
             return _told(stage, error, error.exit_code)

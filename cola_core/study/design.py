@@ -112,7 +112,8 @@ class Design(Strict):
     """The whole file.
 
     out: folder of records and report, relative to the checkout; set: overrides of every cell; seeds: fresh ones, scored
-    on the test rows; expected: what is expected and what would refute it, written before the first cell.
+    on the test rows; expected: what is expected and what would refute it, written before the first cell; families:
+    name -> {count: recipe}, drawn along that count, which `across` names.
     """
 
     name: Name
@@ -128,6 +129,8 @@ class Design(Strict):
     seeds: list[int] = Field(min_length=1)
     budget: Budget
     tests: Tests
+    families: dict[str, dict[int, str]] = Field(default={})
+    across: str = "links"
 
     @model_validator(mode="after")
     def _fits(self) -> Design:
@@ -137,6 +140,10 @@ class Design(Strict):
             for task in arm.tasks or ():
                 if task not in self.tasks:
                     raise ValueError(f"recipes.{name}.tasks: {task!r}{suggest(task, self.tasks)}")
+        for family in self.families.values():
+            for recipe in family.values():
+                if recipe not in self.recipes:
+                    raise ValueError(f"families: {recipe!r}{suggest(recipe, self.recipes)}")
         if self.tests.baseline not in self.recipes:
             raise ValueError(f"tests.baseline: {self.tests.baseline!r}{suggest(self.tests.baseline, self.recipes)}")
         return self

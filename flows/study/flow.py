@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -23,13 +24,16 @@ from cola_core.files import scratch
 from cola_core.study.design import Cell, Design, Group, read_design
 from cola_core.study.results import Result, read_results
 from cola_core.study.sweep import wanted
+from flows.posting import post
 from flows.server import reported, stoppable
 from flows.slots import pool_size
 from flows.snapshot import checkout, snapshot, unpacked
 from flows.study.board import Board, board
+from flows.study.estimate import estimate
 from flows.study.keep import keep, record_of
 from flows.study.orders import Orders
 from flows.study.pool import Pool
+from flows.study.writing import write_report
 from tasks.places import home
 
 __all__ = ["cola_study"]
@@ -42,7 +46,7 @@ Ended = tuple[Cell, Result | Exception]
 
 @prefect.flow(name="cola-study")
 def cola_study(file: str, hours: float | None = None) -> State:
-    """Run every cell of a study that has no result yet; a result, once written, is final.
+    """Run every cell of a study that has no result yet, then write its report; a result, once written, is final.
 
     Args:
         file: the study's file, relative to the checkout.
@@ -76,31 +80,49 @@ class _Study:
         folder = self.root / self.design.out
         results = [result for result in read_results(folder) if self._current(result)]
         size = self._size()
+        with Pool(self.orders.code, self.root, size) as pool:
+            self._tell_estimate(results, pool, size, hours)
+            trouble = self._cells(Board(self.design, results, size), pool, until)
+        post(self.root)
+        page = write_report(self.design, self.root) if results else None
+        if trouble is not None:
+            return Failed(message=str(trouble), data=trouble)
+        left = len(list(wanted(self.design, results)))
+        told = f"{left} cells are left; the same command goes on" if left else "all cells are done"
+        return Completed(message=f"{told}; report: {page}")
+
+    def _tell_estimate(self, results: list[Result], pool: Pool, size: int, hours: float | None) -> None:
+        missing = list(wanted(self.design, results))
+        if not missing:
+            return
+        seconds = estimate(self.design, self.orders, results, pool, home() / "studies" / self.design.name)
+        limit = f"; stops after {hours:g} h" if hours is not None else ""
+        get_run_logger().info(
+            "%s: %d results are there; the rest takes about %.1f h on %d processes, more where a grid is extended%s",
+            *(self.design.name, len(results), seconds / 3600 / size, size, limit),
+        )
+
+    def _cells(self, shown: Board, pool: Pool, until: float) -> Exception | None:
+        """Keep all processes busy; returns what showed a mistake, after which no further cell was started."""
         ended: Queue[Ended] = Queue()
-        shown = Board(self.design, results, size)
         running: dict[Cell, PrefectFuture[Any]] = {}
         trouble: Exception | None = None
-        threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(size)
-        with Pool(self.orders.code, self.root, size) as pool, board(shown), threads as runner:
+        threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(shown.size)
+        with board(shown), threads as runner:
             while True:
-                if trouble is None and time.monotonic() < until:
-                    for cell in (c for c in wanted(self.design, results) if c not in running):
-                        if len(running) >= size:
-                            break
-                        shown.started(cell)
-                        running[cell] = runner.submit(self._task(cell, pool, ended.put), {}, [])
+                going = trouble is None and time.monotonic() < until
+                waiting = (cell for cell in wanted(self.design, shown.results) if cell not in running)
+                for cell in islice(waiting, shown.size - len(running)) if going else ():
+                    shown.started(cell)
+                    running[cell] = runner.submit(self._task(cell, pool, ended.put), {}, [])
                 if not running:
-                    break
+                    return trouble
                 cell, outcome = ended.get()
                 running.pop(cell).wait()
                 if isinstance(outcome, Exception):
                     trouble = outcome
                 else:
                     get_run_logger().info(shown.ended(outcome))
-        if trouble is not None:
-            return Failed(message=str(trouble), data=trouble)
-        left = len(list(wanted(self.design, results)))
-        return Completed(message=f"{left} cells are left; the same command goes on" if left else "all cells are done")
 
     def _current(self, result: Result) -> bool:
         """Whether the study still has this cell, with these parameters."""

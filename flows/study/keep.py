@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,9 +16,10 @@ from cola_core.sealed import write_sealed
 from cola_core.study.design import Design
 from cola_core.study.results import Result, result_file, write_packed
 from flows.study.orders import Planned
+from flows.study.writing import experiment_of, identity
 from tasks.places import home
 
-__all__ = ["keep", "record_of"]
+__all__ = ["keep", "raise_if_failed", "record_of"]
 
 TRAINING = ("link@", "profile@")  # what fails there is an outcome of the recipe; elsewhere it is a mistake in the study
 
@@ -33,10 +33,8 @@ def keep(design: Design, folder: Path, planned: Planned, answer: Mapping[str, An
     Raises:
         UserError, RetryError: the cell ended before or after its training with a mistake, or with what may pass.
     """
-    if "error" in answer and not (answer["code"] == 2 and answer["stage"].startswith(TRAINING)):
-        raise (RetryError if answer["code"] == RetryError.exit_code else UserError)(
-            f"{planned.cell.name}: {answer['stage']}: {answer['error']}"
-        )
+    if not (answer.get("code") == UserError.exit_code and answer["stage"].startswith(TRAINING)):
+        raise_if_failed(planned.cell.name, answer)
     cell = planned.cell
     content = {
         "cell": {**vars(cell.group), "phase": cell.phase, "learning_rate": cell.learning_rate, "seed": cell.seed},
@@ -54,19 +52,29 @@ def keep(design: Design, folder: Path, planned: Planned, answer: Mapping[str, An
     return Result(cell, content)
 
 
+def raise_if_failed(name: str, answer: Mapping[str, Any]) -> None:
+    """Raise what a cell's process told of cell `name`, if that is an error.
+
+    Raises:
+        UserError, RetryError: it is.
+    """
+    if "error" in answer:
+        error = RetryError if answer["code"] == RetryError.exit_code else UserError
+        raise error(f"{name}: {answer['stage']}: {answer['error']}")
+
+
 def record_of(design: Design, planned: Planned, result: Result, started: float) -> Path:
     """Leave the record that `cola sync` makes one MLflow run of."""
     raw, content = load_yaml(planned.params), result.content
-    identity = hashlib.sha256(f"{design.name} {planned.key}".encode()).hexdigest()[:16]
     links = content.get("links", [])
     losses = [loss for link in links for loss in link["losses"]]
     numbers = {"validation_loss": result.validation_loss, **result.metrics} if not result.failed else {}
     sections = ("machine", "targets", "schedule", "profile", "allocate", "link", "prepare", "chain")
     record = {
-        "id": identity,
+        "id": (name := identity(design, planned.key)),
         "stage": planned.cell.name,
         "status": "FAILED" if result.failed else "FINISHED",
-        "experiment": f"study-{design.name}",
+        "experiment": experiment_of(design),
         "chain": links[-1]["chain"] if links else None,
         "started": datetime.fromtimestamp(started, UTC).isoformat(),
         "seconds": round(time.time() - started, 3),
@@ -81,11 +89,6 @@ def record_of(design: Design, planned: Planned, result: Result, started: float) 
         "outputs": {},
         "artifacts": [],
     }
-    path = home() / "records" / f"cell-{identity}.json"
+    path = home() / "records" / f"cell-{name}.json"
     write_sealed(path, "record", record)
     return path
-
-
-def forget(folder: Path) -> None:
-    """Remove a finished cell's artifacts."""
-    shutil.rmtree(folder, ignore_errors=True)

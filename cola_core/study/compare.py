@@ -1,0 +1,124 @@
+"""What the numbers of a study can tell: intervals over seeds, paired tests against the baseline, what n can detect.
+
+The tests are scipy's and statsmodels'. A block is one model, task and seed: two recipes see the same rows there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import numpy as np
+from scipy import stats
+
+from cola_core.study.design import Design, Tests
+from cola_core.study.results import Result
+
+__all__ = ["Comparison", "Estimate", "compare", "detectable", "estimate", "scores"]
+
+Block = tuple[str, str, int]  # model, task, seed
+Scores = Mapping[str, Mapping[Block, float]]  # recipe -> block -> score
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its t interval; low and high are the mean where there is one value alone."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One recipe against the baseline, over the blocks that both have.
+
+    difference: mean of recipe - baseline with its interval; sd: of the differences; p: of a two-sided paired t test;
+    holm: the same, corrected for all recipes that are compared.
+    """
+
+    recipe: str
+    difference: Estimate
+    sd: float
+    p: float
+    holm: float
+
+    def verdict(self, tests: Tests, rising: bool = True) -> str:
+        """What may be said of it: only a difference, or its absence within the margin, is a finding.
+
+        Args:
+            rising: whether more is better; the margin is one of accuracy, so of a loss no absence is told.
+        """
+        if self.holm < tests.level:
+            return "better" if (self.difference.mean > 0) == rising else "worse"
+        inside = max(abs(self.difference.low), abs(self.difference.high)) <= tests.margin
+        return f"no difference beyond {100 * tests.margin:g} point" if rising and inside else "cannot tell"
+
+
+def scores(design: Design, results: Iterable[Result], metric: str, headline: bool = True) -> Scores:
+    """A metric of every test cell, by recipe and block.
+
+    Args:
+        headline: leave out the tasks that do not count in the mean.
+    """
+    found: dict[str, dict[Block, float]] = {recipe: {} for recipe in design.recipes}
+    for result in results:
+        cell, group = result.cell, result.cell.group
+        counts = design.tasks[group.task].headline or not headline
+        if cell.phase == "test" and counts and metric in result.metrics:
+            found[group.recipe][group.model, group.task, cell.seed] = result.metrics[metric]
+    return found
+
+
+def estimate(values: Sequence[float], level: float) -> Estimate:
+    """The mean of independent values with its t interval at 1 - level."""
+    mean = fmean(values)
+    if len(values) < 2 or not np.ptp(values):
+        return Estimate(mean, mean, mean, len(values))
+    interval = stats.ttest_1samp(values, mean).confidence_interval(1 - level)
+    return Estimate(mean, float(interval.low), float(interval.high), len(values))
+
+
+def compare(tests: Tests, found: Scores, recipes: Iterable[str]) -> list[Comparison]:
+    """Every one of `recipes` against the baseline, with Holm's correction over all of them.
+
+    Those with fewer than two common blocks are left out.
+    """
+    from statsmodels.stats.multitest import multipletests
+
+    base, rows = found[tests.baseline], list[tuple[str, list[float]]]()
+    for recipe in recipes:
+        common = sorted(found[recipe].keys() & base.keys())
+        if recipe != tests.baseline and len(common) > 1:
+            rows.append((recipe, [found[recipe][block] - base[block] for block in common]))
+    if not rows:
+        return []
+    p = [_p(differences) for _, differences in rows]
+    holm = multipletests(p, alpha=tests.level, method="holm")[1]
+    return [
+        Comparison(recipe, estimate(differences, tests.level), stdev(differences), p_one, float(p_holm))
+        for (recipe, differences), p_one, p_holm in zip(rows, p, holm, strict=True)
+    ]
+
+
+def _p(differences: Sequence[float]) -> float:
+    """Of a two-sided paired t test; 1 where no block differs."""
+    if not np.ptp(differences):
+        return 0.0 if differences[0] else 1.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def detectable(blocks: int, compared: int, tests: Tests) -> float:
+    """The smallest mean difference that a paired t test finds, in standard deviations of a block's difference.
+
+    With the power and level asked for, at the first step of Holm's correction, which is the strictest.
+    """
+    from statsmodels.stats.power import TTestPower
+
+    if blocks < 2:
+        return math.inf
+    found = TTestPower().solve_power(nobs=blocks, alpha=tests.level / max(1, compared), power=tests.power)
+    return float(np.squeeze(found))

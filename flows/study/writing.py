@@ -1,0 +1,64 @@
+"""The report of a study, written from whatever results there are."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from cola_core.errors import RetryError, UserError
+from cola_core.study.design import Cell, Design
+from cola_core.study.report.blocks import write_html, write_markdown
+from cola_core.study.report.findings import Findings
+from cola_core.study.report.page import report
+from cola_core.study.results import Result, read_results
+from tasks.store import open_store
+
+__all__ = ["experiment_of", "identity", "write_report"]
+
+UI = "http://127.0.0.1:5001/#/experiments"  # where `cola ui` shows MLflow
+SAID = "findings.md"  # a person's conclusions, taken into the report as they stand
+
+
+def write_report(design: Design, root: Path) -> Path:
+    """Write index.html, README.md and figures/ beside the results; returns the page.
+
+    Raises:
+        UserError: no result yet, or a result file that is damaged.
+    """
+    folder = root / design.out
+    groups = set(design.groups())
+    results = [result for result in read_results(folder) if result.cell.group in groups]
+    if not results:
+        raise UserError(f"{folder}: no results yet; run the study first")
+    said = (folder / SAID).read_text(encoding="utf-8") if (folder / SAID).is_file() else ""
+    blocks = list(report(Findings(design, results, _links(design, results)), said))
+    write_html(folder / "index.html", design.title, blocks)
+    write_markdown(folder / "README.md", blocks)
+    return folder / "index.html"
+
+
+def identity(design: Design, key: str) -> str:
+    """The id of a cell's record: the same cell of the same study is posted to MLflow once."""
+    return hashlib.sha256(f"{design.name} {key}".encode()).hexdigest()[:16]
+
+
+def _links(design: Design, results: list[Result]) -> dict[Cell, str]:
+    """The MLflow run of every cell that this checkout's store has; a report needs no store."""
+    names = {identity(design, result.content["key"]): result.cell for result in results}
+    try:
+        with open_store() as store:
+            experiment = store.client.get_experiment_by_name(experiment_of(design))
+            runs = store.client.search_runs([experiment.experiment_id], max_results=50_000) if experiment else []
+            found = {run.data.tags.get("cola.record", ""): run.info for run in runs}
+    except (UserError, RetryError):
+        return {}
+    return {
+        cell: f"{UI}/{found[name].experiment_id}/runs/{found[name].run_id}"
+        for name, cell in names.items()
+        if name in found
+    }
+
+
+def experiment_of(design: Design) -> str:
+    """The name of a study's experiment in MLflow."""
+    return f"study-{design.name}"
