@@ -30,6 +30,11 @@ Overrides = Annotated[
 ]
 
 
+Registered = Annotated[
+    str | None, typer.Argument(help="Registered model; by default register.name of params.yaml.", show_default=False)
+]
+
+
 @cli.command()
 def plan(
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Time one micro-step per machine setting.")] = True,
@@ -86,11 +91,34 @@ def serve(
     name: Annotated[str, typer.Option(help="Name of the deployment.")] = "local",
     cron: Annotated[str, typer.Option(help="When to run the branch's last commit.")] = "0 2 * * *",
     every: Annotated[float | None, typer.Option(help="Seconds between runs, instead of --cron.", min=1)] = None,
+    gate: Annotated[bool, typer.Option("--promote", help="After each run, judge its chain as `cola promote`.")] = False,
 ) -> None:
     """Offer the flow as a scheduled deployment in Prefect's UI until stopped."""
     from flows.serve import serve as serve_flow
 
-    serve_flow(name, cron, every)
+    serve_flow(name, cron, every, gate)
+
+
+@cli.command()
+def promote(name: Registered = None) -> None:
+    """Judge the challenger on the champion's test rows, once, and make it champion if it is shown to be better."""
+    from flows.gate import judge_challenger, lines
+    from flows.snapshot import checkout
+
+    for line in lines(judge_challenger(checkout(), name)):
+        print(line)
+
+
+@cli.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; kept with the version that loses the name.")],
+    name: Registered = None,
+) -> None:
+    """Make the champion before this one champion again."""
+    from flows.gate import return_champion
+    from flows.snapshot import checkout
+
+    print(return_champion(checkout(), name, reason))
 
 
 @cli.command()

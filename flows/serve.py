@@ -16,7 +16,7 @@ from flows.snapshot import checkout, git
 __all__ = ["serve"]
 
 
-def serve(name: str, cron: str | None, every: float | None) -> None:
+def serve(name: str, cron: str | None, every: float | None, gate: bool = False) -> None:
     """Announce the deployment and start its runs until stopped; runs can also be started from Prefect's UI.
 
     A server that goes away later is waited for, however long.
@@ -24,6 +24,7 @@ def serve(name: str, cron: str | None, every: float | None) -> None:
     Args:
         cron: when to start, such as `0 2 * * *`.
         every: seconds between two starts, instead of `cron`.
+        gate: let each run's chain try for the champion's place.
 
     Raises:
         UserError: the last commit's params.yaml names no machine.
@@ -35,13 +36,14 @@ def serve(name: str, cron: str | None, every: float | None) -> None:
     threads = parse(MachineConfig, params.get("machine"), "machine").threads
     from prefect.types.entrypoint import EntrypointType
 
+    from flows.nightly import cola_nightly
     from flows.pipeline import cola_pipeline
     from flows.server import back_again, check_server
 
     check_server()
     when: dict[str, Any] = {"interval": timedelta(seconds=every)} if every else {"cron": cron}
     start = partial(
-        cola_pipeline.serve,
+        (cola_nightly if gate else cola_pipeline).serve,
         name=name,
         parameters={"committed": True},
         limit=pool_size(threads),

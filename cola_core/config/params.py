@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from cola_core.config.base import Strict, parse
 from cola_core.config.recipe import AllocateConfig, LinkConfig, MachineConfig, ProfileConfig, ScheduleConfig
 from cola_core.config.refusals import check_composition
-from cola_core.config.report import EvaluateConfig, MergeConfig, RegisterConfig
+from cola_core.config.report import EvaluateConfig, MergeConfig, PromoteConfig, RegisterConfig
 from cola_core.config.task import FetchConfig, HeadConfig, PrepareConfig
 from cola_core.errors import UserError
 
@@ -46,6 +46,7 @@ class Params(Strict):
     merge: MergeConfig
     evaluate: EvaluateConfig
     registry: RegisterConfig = Field(alias="register")
+    promote: PromoteConfig = Field(default_factory=PromoteConfig)
 
     @field_validator("targets", mode="before")
     @classmethod
