@@ -13,7 +13,7 @@ from flows.gate import judge_challenger, lines
 from flows.pipeline import cola_pipeline
 from flows.server import reported, stoppable
 from flows.snapshot import checkout
-from tasks.gate import Settled
+from tasks.gate import SettledError
 
 __all__ = ["cola_nightly"]
 
@@ -50,7 +50,7 @@ def gate() -> State:
     try:
         with system_told():
             told = list(lines(judge_challenger(checkout(), None)))
-    except Settled as error:
+    except SettledError as error:
         return Completed(name="Cached", message=str(error))
     except (UserError, RetryError) as error:
         return Failed(message=str(error), data=error)

@@ -22,13 +22,13 @@ from tasks.store import Store, temporaries
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-__all__ = ["CHAMPION", "Judgement", "Settled", "promote", "rollback"]
+__all__ = ["CHAMPION", "Judgement", "SettledError", "promote", "rollback"]
 
 CHAMPION = "champion"
 JUDGED, HISTORY, USES, RETURNED = "cola.judged", "cola.champions", "cola.uses", "cola.rolled_back"
 
 
-class Settled(UserError):
+class SettledError(UserError):
     """The challenger is the champion, or its chain was judged before: there is nothing to decide."""
 
 
@@ -50,7 +50,7 @@ def promote(store: Store, name: str, config: PromoteConfig) -> Judgement:
     cut off between the two is completed by the next one.
 
     Raises:
-        Settled: the challenger is the champion, or its chain was judged before.
+        SettledError: the challenger is the champion, or its chain was judged before.
         UserError: there is no challenger, the two were scored on different rows, or the test set is used up.
     """
     challenger, champion = _alias(store, name, ALIAS), _alias(store, name, CHAMPION)
@@ -58,7 +58,7 @@ def promote(store: Store, name: str, config: PromoteConfig) -> Judgement:
         raise UserError(f"{name}: no version is called {ALIAS}; `dvc repro` registers the trained chain as one")
     version, holder = str(challenger.version), str(champion.version) if champion else None
     if version == holder:
-        raise Settled(f"{name}: version {version} is the {CHAMPION} already; train another chain")
+        raise SettledError(f"{name}: version {version} is the {CHAMPION} already; train another chain")
     if told := challenger.tags.get(JUDGED):
         return _completed(store, name, challenger, holder, json.loads(told))
     _refuse_same_chain(store, challenger)
@@ -109,7 +109,7 @@ def _completed(
     version, decision = str(challenger.version), Decision(**told["decision"])
     was = version in _history(store, name) or RETURNED in challenger.tags
     if decision.verdict != "promote" or was:
-        raise Settled(f"{name}: version {version} was judged before ({decision.verdict}: {decision.reason})")
+        raise SettledError(f"{name}: version {version} was judged before ({decision.verdict}: {decision.reason})")
     _crown(store, name, version, holder)
     return Judgement(name, version, holder, decision, told["use"])
 
@@ -118,7 +118,7 @@ def _refuse_same_chain(store: Store, challenger: ModelVersion) -> None:
     same = f"name = '{challenger.name}' and tags.`cola.chain` = '{challenger.tags['cola.chain']}'"
     for version in store.client.search_model_versions(same):
         if JUDGED in version.tags:
-            raise Settled(f"{challenger.name}: this chain was judged before, as version {version.version}")
+            raise SettledError(f"{challenger.name}: this chain was judged before, as version {version.version}")
 
 
 def _crown(store: Store, name: str, version: str, holder: str | None) -> None:

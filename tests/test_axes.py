@@ -220,3 +220,20 @@ def test_groups_cost_least_of_all_cuts(lengths: list[int], size: int, tokens: in
 
 def test_a_row_longer_than_the_token_budget_is_a_group_of_its_own() -> None:
     assert group_by_length([99, 9, 9], 8, 50) == [[1, 2], [0]]
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.sampled_from(["linear", "cosine", "constant"]), st.floats(0, 0.5))
+def test_cycles_are_schedules_of_their_own_that_share_the_steps(
+    steps: int, cycles: int, decay: str, warm: float
+) -> None:
+    if cycles > steps:
+        return
+    config = LinkConfig(**{**LINK.model_dump(), "steps": steps, "decay": decay, "warmup": warm, "cycles": cycles})
+    schedule = ScheduleConfig(kind="none", learning_rate="restart", horizon=steps)
+    found = [learning_rate_factor(step, 0, schedule, config) for step in range(steps)]
+    alone = []
+    for cycle in range(cycles):
+        share = steps * (cycle + 1) // cycles - steps * cycle // cycles
+        one = config.model_copy(update={"steps": share, "cycles": 1})
+        alone += [learning_rate_factor(step, 0, schedule, one) for step in range(share)]
+    assert found == alone

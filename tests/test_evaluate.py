@@ -19,7 +19,7 @@ from cola_core.config.report import EvaluateConfig
 from cola_core.config.task import HeadConfig
 from cola_core.errors import UserError
 from cola_core.evaluation.answers import answer, normalise, sample, write_predictions
-from cola_core.evaluation.metrics import STATISTICS, confusion, majority, summary
+from cola_core.evaluation.metrics import STATISTICS, calibration_error, confusion, majority, summary
 from cola_core.head import fit_head
 from cola_core.knot import open_chain
 from cola_core.rows import Row, Task
@@ -95,7 +95,7 @@ def test_answers_come_back_in_row_order(family: str, tmp_path: Path) -> None:
         assert loss == pytest.approx(-float(scores.log_softmax(-1)[row.label]), abs=1e-5)
     write_predictions(tmp_path / "p.arrow", rows, {"base": found})
     table = pa.ipc.open_stream((tmp_path / "p.arrow").read_bytes()).read_all()
-    assert table.column_names == ["id", "gold", "base_predicted", "base_correct", "base_loss"]
+    assert table.column_names == ["id", "gold", "base_predicted", "base_correct", "base_loss", "base_confidence"]
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if KINDS[f] != "encoder"])
@@ -180,3 +180,18 @@ def test_normalisation_reads_the_extracted_answer() -> None:
     assert normalise("3 km, then 40 m; else none", two) == "40"
     plain = Task("generate", "answer", "sum", [], [], 1, 2, None, 5, None)
     assert normalise("  The  Answer. ", plain) == "the answer"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0, 1)), min_size=1, max_size=60))
+def test_the_calibration_error_is_the_mean_gap_over_even_bins(answers: list[tuple[bool, float]]) -> None:
+    right, sure = zip(*answers, strict=True)
+    expected = 0.0
+    for place in range(15):
+        low, high = place / 15, (place + 1) / 15
+        inside = [(r, s) for r, s in answers if low <= s < high or (place == 14 and s == 1.0)]
+        if inside:
+            gap = abs(sum(r for r, _ in inside) / len(inside) - sum(s for _, s in inside) / len(inside))
+            expected += gap * len(inside) / len(answers)
+    assert calibration_error(right, sure) == pytest.approx(expected, abs=1e-9) or any(
+        abs(s * 15 - round(s * 15)) < 1e-9 for s in sure
+    ), "a confidence on the edge of two bins may fall into either"

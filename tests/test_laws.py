@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from cola_core import knot
-from cola_core.adapters import attach
+from cola_core.adapters import add_pair, attach
 from cola_core.chain import head_of, tie, write_link
 from cola_core.errors import UserError
 from cola_core.export import chain_manifest
@@ -21,6 +21,7 @@ from cola_core.files import tree_hash
 from cola_core.knot import open_chain
 from cola_core.lineage import read_chain
 from cola_core.links import run_link
+from cola_core.models import adaptable, weight_shape
 from cola_core.rows import order
 from cola_core.seeds import derive
 from tests.lab import (
@@ -43,11 +44,16 @@ from tests.lab import (
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
 
-def plain_lora(job: Any, family: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Law 1's reference: torch alone, weights W + s B A, one row at a time, every logit, its own learning rate."""
+def plain_lora(job: Any, family: str, whole: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Law 1's reference: torch alone, weights W + s B A, one row at a time, every logit, its own learning rate.
+
+    whole: the weights W themselves train (full fine-tuning).
+    """
     model, config = open_chain(job.base, job.chain, job.task, job.machine).model, job.config
     pairs = initial_pairs(model, job)
     trained = {f"{n}.{k}": t.clone().requires_grad_() for n, p in pairs.items() for k, t in (("A", p.a), ("B", p.b))}
+    if whole:
+        trained = {n: model.get_submodule(n).weight.detach().clone().requires_grad_() for n in pairs}
     head = {
         n: p.clone().requires_grad_()
         for n, p in model.named_parameters()
@@ -61,6 +67,9 @@ def plain_lora(job: Any, family: str) -> tuple[list[float], dict[str, torch.Tens
     for step, indices in enumerate(plan):
         weights = dict(head)
         for name, pair in pairs.items():
+            if whole:
+                weights[f"{name}.weight"] = trained[name]
+                continue
             module, delta = model.get_submodule(name), pair.scale * trained[f"{name}.B"] @ trained[f"{name}.A"]
             weights[f"{name}.weight"] = module.weight + (delta.T if isinstance(module, Conv1D) else delta)
         rows, total, units = [job.train[i] for i in indices], 0.0, 0
@@ -101,6 +110,31 @@ def test_law_1_one_link_is_plain_lora(family: str, tmp_path: Path, machine: Any,
     for name, pair in adapter.pairs.items():
         torch.testing.assert_close(pair.a, trained[f"{name}.A"].detach(), atol=tolerance * 10, rtol=0)
         torch.testing.assert_close(pair.b, trained[f"{name}.B"].detach(), atol=tolerance * 10, rtol=0)
+
+
+def test_a_dense_link_is_full_fine_tuning_of_the_linear_maps(family: str, tmp_path: Path) -> None:
+    tolerance, epsilon = (1e-5, 1e-3) if family == "t5" else (1e-9, 1e-8)
+    chain = root_of(family, tmp_path)
+    shapes = {name: weight_shape(m) for name, m in adaptable(model_of(family, chain)).items()}
+    dense: dict[str, Any] = {
+        "initialiser": "identity",
+        "parametrisation": "dense",
+        "scale": "unit",
+        "weight_decay": 0.0,
+    }
+    ranks = {name: min(shape) for name, shape in shapes.items()}
+    job = job_of(family, chain, FP64, ranks=ranks, learning_rate=1e-3, epsilon=epsilon, **dense)
+    adapter, record, progress = run_link(job)
+    losses, trained = plain_lora(job, family, whole=True)
+    assert [e["loss"] for e in progress.losses] == pytest.approx(losses, abs=tolerance)
+    assert losses[-1] != losses[0]
+    head = sum(tensor.numel() for tensor in adapter.head.values())
+    assert record["trainable_parameters"] in (size := sum(a * b for a, b in shapes.values()), size + head)
+    assert len({out > inner for out, inner in shapes.values()}) == 2, "maps that widen and maps that narrow"
+    for name, pair in adapter.pairs.items():
+        module = model_of(family, chain).get_submodule(name)
+        add_pair(module, pair)
+        torch.testing.assert_close(module.weight, trained[name].detach(), atol=tolerance * 10, rtol=0)
 
 
 @pytest.mark.parametrize(("machine", "tolerance"), [(FP64, 1e-10), (FP32, 1e-5)])

@@ -152,3 +152,54 @@ def test_reuters_r8() -> None:
     assert (len(train), len(test)) == (5485, 2189)
     found = split(train, test, settings, 0).duplicates
     assert found == Duplicates(repeated=58, conflicting=4, in_test=5, test_prompts=4, dropped=66)
+
+
+GROUPED = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 30)), min_size=30, max_size=60, unique=True)
+
+
+def grouped(pairs: list[tuple[str, int]]) -> list[Example]:
+    return [Example(f"train:{i}", f"t.csv:{i}", {}, f"{g}{n}", "a", g) for i, (g, n) in enumerate(pairs, 1)]
+
+
+@given(GROUPED, st.integers(1, 8), st.integers(0, 8), st.integers(0, 99))
+def test_held_out_rows_are_the_same_under_every_seed_and_no_group_stands_on_both_sides(
+    pairs: list[tuple[str, int]], count: int, skip: int, seed: int
+) -> None:
+    train = grouped(pairs)
+    settings = config(train=None, validation=1, probe=1, group="{{ g }}", held_out={"rows": count, "skip": skip})
+    try:
+        found = split(train, None, settings, seed)
+        before = ids(split(train, None, held(skip), 0).test) if skip else []
+    except UserError as error:  # no whole groups come to so many rows
+        assert "held_out" in str(error) or "to train" in str(error)
+        return
+    assert len(found.test) == count
+    assert ids(found.test) == ids(split(train, None, settings, seed + 1).test)
+    used = {example.group for example in [*found.train, *found.validation]}
+    assert not used & {example.group for example in found.test}
+    assert not set(before) & set(ids(found.test)), "two ranges that do not overlap share no row"
+
+
+def held(rows: int) -> PrepareConfig:
+    return config(train=None, validation=1, probe=1, group="{{ g }}", held_out={"rows": rows, "skip": 0})
+
+
+def test_held_out_rows_join_the_test_file_and_their_groups_leave_the_training_rows() -> None:
+    train = grouped([(letter, n) for letter in "abcdef" for n in range(5)])
+    test = [Example("test:1", "x", {}, "other text", "a", "c")]
+    found = split(train, test, config(train=None, validation=1, probe=1, group="{{ g }}", held_out={"rows": 10}), 0)
+    assert found.test[0].id == "test:1"
+    assert len(found.test) == 11
+    groups = {example.group for example in found.test}
+    assert not groups & {example.group for example in [*found.train, *found.validation]}
+    assert len(found.train) + len(found.validation) + found.duplicates.dropped == 20
+    assert len(groups) in (2, 3), "two whole groups of five, and the test file's own"
+
+
+def test_without_groups_a_prompt_is_one_and_too_few_rows_are_told() -> None:
+    train = rows([f"p{i}" for i in range(20)])
+    found = split(train, None, config(train=None, validation=1, probe=1, held_out={"rows": 6}), 0)
+    assert len(found.test) == 6
+    assert not set(ids(found.test)) & set(ids(found.train))
+    with pytest.raises(UserError, match="held_out: rows is 15 after 10 others, but the training file has only 10 rows"):
+        split(train, None, config(held_out={"rows": 15, "skip": 10}), 0)
