@@ -25,10 +25,12 @@ from cola_core.checksums import seal_folder
 from cola_core.config.reading import read_yaml
 from cola_core.config.recipe import LinkConfig, MachineConfig, ScheduleConfig
 from cola_core.errors import UserError
+from cola_core.evaluation.answers import Answers, write_predictions
 from cola_core.files import read_json, write_json
 from cola_core.lineage import read_chain
 from cola_core.models import adaptable, load_base, weight_shape
 from cola_core.root import write_root
+from cola_core.rows import Row
 from cola_core.sealed import read_sealed, write_sealed
 from tasks import merge, prepare, register
 from tasks.card import card
@@ -111,8 +113,22 @@ def make_artifacts(family: str, kind: str) -> Context:
     merge.main(context)
     metrics = {"n": 8, **SCORES, "base": {**SCORES, "accuracy": 0.5}, "majority": {**SCORES, "accuracy": 0.4}}
     write_json(ARTIFACTS / "evaluate/metrics.json", {**metrics, "prefixes": {"1": SCORES}})
-    seal_folder(ARTIFACTS / "evaluate")
+    answered(raw["final"], [True] * 7 + [False])
     return context
+
+
+def answered(final: str, correct: list[bool], base: int = 4, prefix: str = "test") -> None:
+    """What the evaluation stages leave of answers: the chain's, and a base that is right on the first rows."""
+    gold = ["good", "poor"] * (len(correct) // 2)
+    rows = [Row(f"{prefix}:{i}", [5], [6], 0, label) for i, label in enumerate(gold)]
+    for stage, name, right in (
+        ("evaluate", f"links_{final}", correct),
+        ("evaluate_base", "base", [i < base for i in range(len(correct))]),
+    ):
+        said = [g if r else {"good": "poor", "poor": "good"}[g] for g, r in zip(gold, right, strict=True)]
+        found = Answers(said, gold, right, [0.5] * len(gold), [0.8] * len(gold))
+        write_predictions(ARTIFACTS / stage / "predictions.arrow", rows, {name: found})
+        seal_folder(ARTIFACTS / stage)
 
 
 def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
