@@ -13,7 +13,7 @@ from socket import gaierror
 
 from cola_core.secrets import mask
 
-__all__ = ["RetryError", "UserError", "of_the_system", "suggest", "system_told"]
+__all__ = ["RetryError", "TrainingError", "UserError", "of_the_system", "suggest", "system_told"]
 
 RUST = re.compile(r"\(os error (\d+)\)")
 DISK = ("ENOSPC", "EDQUOT", "EIO", "ESTALE")
@@ -43,6 +43,10 @@ class UserError(Told):
     """A mistake in a parameter, a file or a command line, told in one line: what, where, what is allowed."""
 
     exit_code = 2
+
+
+class TrainingError(UserError):
+    """Training that went wrong with these settings, such as a loss that diverged: in a study, an outcome like others."""
 
 
 class RetryError(Told):

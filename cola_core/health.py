@@ -13,7 +13,7 @@ import torch
 from torch.nn import Parameter
 
 from cola_core.config.recipe import LinkConfig, ScheduleConfig
-from cola_core.errors import UserError
+from cola_core.errors import TrainingError
 
 __all__ = ["Course", "check_divergence", "check_finite", "not_finite"]
 
@@ -47,7 +47,7 @@ def check_finite(loss: float, named: Mapping[str, Parameter], course: Course, st
         step: 1 for the link's first.
 
     Raises:
-        UserError: names the first parameter that is concerned.
+        TrainingError: names the first parameter that is concerned.
     """
     gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
     if math.isfinite(loss) and math.isfinite(torch.nn.utils.get_total_norm(gradients.values())):
@@ -60,7 +60,7 @@ def check_divergence(losses: Sequence[Mapping[str, Any]], course: Course, named:
     """Stop a link whose loss has stayed far above its start, which no knot should be tied with.
 
     Raises:
-        UserError: names the module whose adapter has grown largest.
+        TrainingError: names the module whose adapter has grown largest.
     """
     if len(losses) < START + RECENT:
         return
@@ -68,15 +68,15 @@ def check_divergence(losses: Sequence[Mapping[str, Any]], course: Course, named:
     if now <= FACTOR * start or now - start <= MARGIN:
         return
     largest = max(named, key=lambda name: float(named[name].detach().norm()))
-    raise UserError(
+    raise TrainingError(
         f"link {course.link}, step {len(losses)}: diverged: the last {RECENT} losses are {now:.3g} on average, "
         f"its start was {start:.3g}; {largest} is the largest parameter; {_advice(course)}"
     )
 
 
-def not_finite(what: str, course: Course, step: int) -> UserError:
+def not_finite(what: str, course: Course, step: int) -> TrainingError:
     """The line about a number that is not finite."""
-    return UserError(f"link {course.link}, step {step}: {what} is not finite; {_advice(course)}")
+    return TrainingError(f"link {course.link}, step {step}: {what} is not finite; {_advice(course)}")
 
 
 def _advice(course: Course) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_core.config.reading import read_yaml
-from cola_core.errors import RetryError, UserError, of_the_system
+from cola_core.errors import RetryError, TrainingError, UserError, of_the_system
 from cola_core.files import new_dir, tree_hash, write_json
 from cola_core.locks import alone
 from cola_core.secrets import guard, mask
@@ -53,10 +53,9 @@ class StageOrder:
 def main() -> None:
     """Answer `{"folder": ..., "stages": [...]}` with `{"result": ...}` or `{"error": line, "stage": ..., "code": ...}`.
 
-    The result is what `tasks.harvest` takes of a cell that has trained, and how long each stage took.
-
-    The folder holds the cell's params.yaml, and its outs until whoever ordered it removes it. Code 2 is a mistake (or a
-    link whose training failed), 75 may succeed later, 1 is a crash.
+    The result is what `tasks.harvest` takes of a cell that has trained, and how long each stage took; of one whose
+    training failed, why. The folder holds the cell's params.yaml, and its outs until whoever ordered it removes it.
+    Code 2 is a mistake, 75 may succeed later, 1 is a crash.
     """
     guard()
     prepare_process()
@@ -81,12 +80,10 @@ def _answer(folder: Path, stages: list[StageOrder]) -> dict[str, Any]:
                 seconds[stage] = round(time.monotonic() - begun, 3)
             forget_finished()
             trained = any(order.name.startswith("link@") for order in stages)
-            result = {
-                **(harvest(raw) if trained else {}),
-                "seconds": seconds,
-                "cpu_seconds": round(time.process_time() - computed, 3),
-            }
+            result = {**(harvest(raw) if trained else {}), **_spent(seconds, computed)}
             return {"result": result}
+        except TrainingError as error:
+            return {"result": {"failed": str(error), **_spent(seconds, computed)}}
         except (UserError, RetryError) as error:
             return _told(stage, error, error.exit_code)
         except Exception as error:
@@ -94,6 +91,10 @@ def _answer(folder: Path, stages: list[StageOrder]) -> dict[str, Any]:
             return _told(stage, refused or error, refused.exit_code if refused else 1)
         finally:
             gc.collect()
+
+
+def _spent(seconds: dict[str, float], since: float) -> dict[str, Any]:
+    return {"seconds": seconds, "cpu_seconds": round(time.process_time() - since, 3)}
 
 
 def _told(stage: str, error: Exception, code: int) -> dict[str, Any]:

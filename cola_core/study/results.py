@@ -32,7 +32,7 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        """Whether training ended with an error, such as a loss that diverged."""
+        """Whether training went wrong, such as by a loss that diverged."""
         return "failed" in self.content
 
     @property

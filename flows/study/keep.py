@@ -21,8 +21,6 @@ from tasks.places import home
 
 __all__ = ["keep", "raise_if_failed", "record_of"]
 
-TRAINING = ("link@", "profile@")  # what fails there is an outcome of the recipe; elsewhere it is a mistake in the study
-
 
 def keep(design: Design, folder: Path, planned: Planned, answer: Mapping[str, Any], tree: str) -> Result:
     """Write a cell's result, final from then on.
@@ -31,17 +29,16 @@ def keep(design: Design, folder: Path, planned: Planned, answer: Mapping[str, An
         folder: of the study's results; answer: what the cell's process said; tree: git's name for the code that ran.
 
     Raises:
-        UserError, RetryError: the cell ended before or after its training with a mistake, or with what may pass.
+        UserError, RetryError: the cell ended with a mistake, or with what may pass.
     """
-    if not (answer.get("code") == UserError.exit_code and answer["stage"].startswith(TRAINING)):
-        raise_if_failed(planned.cell.name, answer)
+    raise_if_failed(planned.cell.name, answer)
     cell = planned.cell
     content = {
         "cell": {**vars(cell.group), "phase": cell.phase, "learning_rate": cell.learning_rate, "seed": cell.seed},
         "key": planned.key,
         "command": planned.command,
         "code": tree,
-        **(answer["result"] if "result" in answer else {"failed": answer["error"]}),
+        **answer["result"],
     }
     if rows := content.pop("rows", None):
         name = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
