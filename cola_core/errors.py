@@ -46,7 +46,7 @@ class UserError(Told):
 
 
 class TrainingError(UserError):
-    """Training that went wrong with these settings, such as a loss that diverged: in a study, an outcome like others."""
+    """Training that went wrong with these settings, such as a loss that diverged: in a study, one outcome of many."""
 
 
 class RetryError(Told):
