@@ -63,12 +63,12 @@ def settings(family: str, kind: str) -> dict[str, Any]:
     return raw
 
 
-def hand_made_link(context: Context, number: int, kind: str, labels: int) -> None:
+def hand_made_link(context: Context, number: int, kind: str, labels: int, seed: int = 0) -> None:
     """A link with random pairs, large enough to change answers."""
     chain = read_chain(link_dir(str(number - 1)))
     machine = context.section(MachineConfig, "machine")
     model = load_base(ARTIFACTS / "fetch/model", machine, labels)
-    generator = torch.Generator().manual_seed(number)
+    generator = torch.Generator().manual_seed(number + 100 * seed)
     pairs = {}
     for name, module in adaptable(model).items():
         out, width = weight_shape(module)
