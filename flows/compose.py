@@ -17,7 +17,7 @@ from cola_core.errors import UserError, suggest
 from cola_core.files import scratch
 from cola_core.secrets import is_secret
 
-__all__ = ["choices", "compose", "edits"]
+__all__ = ["choices", "compose", "defaults", "edits"]
 
 GROUPS = ("method", "task", "model", "chain", "machine")
 PLAIN = re.compile(r"(?!(?i:inf|nan|null|true|false)$)[A-Za-z_][A-Za-z0-9_.\-]*")
@@ -53,6 +53,11 @@ def compose(root: Path, picks: Mapping[str, str | None], overrides: Sequence[str
         raise UserError(f"{', '.join(open_keys)}: left to you; add -S {open_keys[0]}=...")
     _refuse_idle(check_params(params), rest)
     return text
+
+
+def defaults(root: Path) -> str:
+    """The text of params.yaml that conf/ gives by itself, whatever was edited by hand."""
+    return _composed(root, {}, [])
 
 
 def edits(root: Path, current: dict[str, Any]) -> list[str]:

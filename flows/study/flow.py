@@ -24,6 +24,7 @@ from cola_core.files import scratch
 from cola_core.study.design import Cell, Design, Group, read_design
 from cola_core.study.results import Result, read_results
 from cola_core.study.sweep import wanted
+from flows.compose import defaults
 from flows.posting import post
 from flows.server import reported, stoppable
 from flows.slots import pool_size
@@ -38,7 +39,7 @@ from tasks.places import home
 
 __all__ = ["cola_study"]
 
-CODE = ("cola_core", "tasks", "conf", "dvc.yaml", "params.yaml")
+CODE = ("cola_core", "tasks", "conf", "dvc.yaml")  # hand edits of params.yaml enter no study
 RETRIES, RETRY_SECONDS = 2, 10.0
 State = prefect.State[Any]
 Ended = tuple[Cell, Result | Exception]
@@ -63,6 +64,7 @@ def _attempt(file: Path, hours: float | None) -> State:
             design = read_design(root / file)
             tree = snapshot(root, False)
             with unpacked(root, tree, *CODE) as code, scratch(cache_root(), "study") as looks:
+                (code / "params.yaml").write_text(defaults(code), encoding="utf-8")
                 return _Study(design, root, Orders(design, tree, code, looks)).run(hours)
     except (UserError, RetryError) as error:
         return Failed(message=str(error), data=error)
