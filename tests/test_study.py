@@ -213,15 +213,12 @@ def test_killed_at_any_instant_it_goes_on_and_ends_with_the_same_results(studied
     write(root, out="again")
     command = [sys.executable, "-m", "flows.cli", "study", "studies/tiny.yaml"]
     for enough in (1, 5):
-        process = subprocess.Popen(
-            command,
-            cwd=root,
-            env=variables,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        until(lambda enough=enough: len(list((root / "again/cells").glob("*.gz"))) >= enough, 300)
+        with (root / f"killed-{enough}.log").open("w") as log:
+            process = subprocess.Popen(command, cwd=root, env=variables, stdout=log, stderr=log, start_new_session=True)
+        try:
+            until(lambda enough=enough: len(list((root / "again/cells").glob("*.gz"))) >= enough, 200)
+        except TimeoutError:
+            raise AssertionError((root / f"killed-{enough}.log").read_text()) from None
         time.sleep(0.7)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
