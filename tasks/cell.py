@@ -21,14 +21,14 @@ from typing import Any
 
 from cola_core.config.reading import read_yaml
 from cola_core.errors import RetryError, TrainingError, UserError, of_the_system
-from cola_core.files import new_dir, tree_hash, write_json
+from cola_core.files import new_dir, read_json, tree_hash, write_json
 from cola_core.locks import alone
 from cola_core.secrets import guard, mask
 from tasks.context import open_context
 from tasks.follow import end_with_parent
 from tasks.harvest import harvest
 from tasks.places import home
-from tasks.records import identity
+from tasks.records import identity, machine
 from tasks.resume import ROOT, forget_finished
 from tasks.stage import Stopped, prepare_process
 
@@ -53,7 +53,7 @@ class StageOrder:
 def main() -> None:
     """Answer `{"folder": ..., "stages": [...]}` with `{"result": ...}` or `{"error": line, "stage": ..., "code": ...}`.
 
-    The result is what `tasks.harvest` takes of a cell that has trained, and how long each stage took; of one whose
+    The result is what `tasks.harvest` takes of a cell that has trained, and what each stage took; of one whose
     training failed, why. The folder holds the cell's params.yaml, and its outs until whoever ordered it removes it.
     Code 2 is a mistake, 75 may succeed later, 1 is a crash.
     """
@@ -70,20 +70,18 @@ def main() -> None:
 def _answer(folder: Path, stages: list[StageOrder]) -> dict[str, Any]:
     os.chdir(folder)
     with _log(folder / "log.txt"):
-        seconds: dict[str, float] = {}
-        computed, stage = time.process_time(), "harvest"
+        spent, stage = dict[str, Any](), "harvest"
         try:
             raw = read_yaml(Path("params.yaml"))
+            importlib.import_module("torch").set_num_threads(raw["machine"]["threads"])
             for order in stages:
-                stage, begun = order.name, time.monotonic()
-                _bring(order, raw)
-                seconds[stage] = round(time.monotonic() - begun, 3)
+                stage = order.name
+                spent[stage] = _bring(order, raw)
             forget_finished()
-            trained = any(order.name.startswith("link@") for order in stages)
-            result = {**(harvest(raw) if trained else {}), **_spent(seconds, computed)}
-            return {"result": result}
+            trained = any(name.startswith("link@") for name in spent)
+            return {"result": {**(harvest(raw) if trained else {}), "spent": spent, "machine": machine()}}
         except TrainingError as error:
-            return {"result": {"failed": str(error), **_spent(seconds, computed)}}
+            return {"result": {"failed": str(error), "spent": spent, "machine": machine()}}
         except (UserError, RetryError) as error:
             return _told(stage, error, error.exit_code)
         except Exception as error:
@@ -93,46 +91,46 @@ def _answer(folder: Path, stages: list[StageOrder]) -> dict[str, Any]:
             gc.collect()
 
 
-def _spent(seconds: dict[str, float], since: float) -> dict[str, Any]:
-    return {"seconds": seconds, "cpu_seconds": round(time.process_time() - since, 3)}
-
-
 def _told(stage: str, error: Exception, code: int) -> dict[str, Any]:
     line = " ".join(str(error).split()) or type(error).__name__
     return {"error": mask(line if code != 1 else f"{type(error).__name__}: {line}"), "stage": stage, "code": code}
 
 
-def _bring(order: StageOrder, raw: Mapping[str, Any]) -> None:
-    """Make the outs of one stage, or take them from where the same stage left them."""
+def _bring(order: StageOrder, raw: Mapping[str, Any]) -> dict[str, float]:
+    """Make the outs of one stage, or take them from where the same stage left them; returns what making them took."""
     key = _key(order, raw)
-    if order.shared:
-        place = home() / "studies" / "shared" / key
-        with alone(place.with_suffix(".lock")):
-            if not place.is_dir():
-                _run(order)
-                _keep(order, place)
-        for out in order.outs:
-            _point(Path(out), place / out)
-        return
-    stamp = Path("stages") / f"{order.name}.json"
-    if not (stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == key):
-        _run(order)
-        write_json(stamp, key)
+    if not order.shared:
+        stamp = Path("stages") / f"{order.name}.json"
+        if not (stamp.is_file() and read_json(stamp)["key"] == key):
+            write_json(stamp, {"key": key, "spent": _run(order)})
+        return dict(read_json(stamp)["spent"])
+    place = home() / "studies" / "shared" / key
+    with alone(place.with_suffix(".lock")):
+        if not place.is_dir():
+            spent = _run(order)
+            with new_dir(place) as folder:
+                write_json(folder / "spent.json", spent)
+                _keep(order, folder)
+    for out in order.outs:
+        _point(Path(out), place / out)
+    return dict(read_json(place / "spent.json"))
 
 
-def _run(order: StageOrder) -> None:
+def _run(order: StageOrder) -> dict[str, float]:
+    """Run one stage; returns its seconds by the clock and by the processor, which other work does not stretch."""
     name, _, key = order.name.partition("@")
     context = open_context(name, key or None)
     context.watched = False
+    began, computed = time.monotonic(), time.process_time()
     importlib.import_module(f"tasks.{name}").main(context)
+    return {"seconds": round(time.monotonic() - began, 3), "cpu": round(time.process_time() - computed, 3)}
 
 
-def _keep(order: StageOrder, place: Path) -> None:
+def _keep(order: StageOrder, folder: Path) -> None:
     """Move what the stage has made to where every cell finds it."""
-    with new_dir(place) as folder:
-        for out in order.outs:
-            (folder / out).parent.mkdir(parents=True, exist_ok=True)
-            Path(out).replace(folder / out)
+    for out in order.outs:
+        (folder / out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).replace(folder / out)
 
 
 def _point(out: Path, place: Path) -> None:

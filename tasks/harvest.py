@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,7 @@ def harvest(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     links = [_link(key, raw["chain"][key]["profile_from"]) for key in sorted(raw["chain"], key=int)]
     scored = _scored(raw["final"]) if (ARTIFACTS / "evaluate").is_dir() else {}
-    return {"validation_loss": links[-1]["validation_loss"], "links": links, "machine": _machine(), **scored}
-
-
-def _machine() -> dict[str, Any]:
-    """What the last digits depend on."""
-    torch = sys.modules["torch"]
-    return {"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability()}
+    return {"validation_loss": links[-1]["validation_loss"], "links": links, **scored}
 
 
 def _link(key: str, profile_from: str) -> dict[str, Any]:

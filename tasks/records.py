@@ -15,7 +15,7 @@ from cola_core.secrets import masked
 from tasks.context import Context, Done
 from tasks.places import home
 
-__all__ = ["identity", "record"]
+__all__ = ["identity", "machine", "record"]
 
 
 def identity(path: Path) -> str:
@@ -36,8 +36,8 @@ def chain_hash(paths: Sequence[Path]) -> str | None:
     return None
 
 
-def _machine() -> dict[str, Any]:
-    """What the last digits depend on, of a stage that has computed anything."""
+def machine() -> dict[str, Any]:
+    """What the last digits depend on, of a process that has computed anything."""
     torch = sys.modules.get("torch")
     if torch is None:
         return {}
@@ -57,7 +57,7 @@ def record(context: Context, done: Done, started: float, status: str = "FINISHED
         "started": datetime.fromtimestamp(started, UTC).isoformat(),
         "seconds": round(now - started, 3),
         "params": masked(context.used),
-        "machine": _machine(),
+        "machine": machine(),
         "recipe": context.raw["recipe"],
         "task": context.raw["task"],
         "seed": context.raw["seed"],

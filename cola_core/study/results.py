@@ -46,6 +46,11 @@ class Result:
         found: Mapping[str, float] = self.content.get("metrics", {})
         return found
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Of the processor, for all that was done link by link: probes, allocations, training."""
+        return float(sum(spent["cpu"] for stage, spent in self.content["spent"].items() if "@" in stage))
+
     @cached_property
     def correct(self) -> NDArray[np.float64]:
         """1 for every test row answered rightly, in the order of the test rows."""

@@ -58,7 +58,7 @@ class Spending:
     """What a recipe's test cells have spent on average, and what of it is not what the baseline has spent.
 
     parameters: trainable at a time, the largest over a chain; tokens: of training, and a probe's by what they cost;
-    cpu_seconds: of a whole cell; points: accuracy gained over the base model, per cell.
+    cpu_seconds: of its probes and links; points: accuracy gained over the base model, per cell.
     """
 
     parameters: float
@@ -104,7 +104,7 @@ def _tokens(result: Result) -> float:
 
 
 def _seconds(result: Result) -> float:
-    return float(result.content["cpu_seconds"])
+    return result.cpu_seconds
 
 
 def _gained(result: Result) -> float:

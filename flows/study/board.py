@@ -52,7 +52,7 @@ class Board:
         return len(self.results), total
 
     def _left(self) -> str:
-        seconds = [sum(r.content["seconds"].values()) for r in self.results if "seconds" in r.content]
+        seconds = [sum(s["seconds"] for s in r.content["spent"].values()) for r in self.results]
         done, total = self.count()
         return f"  about {fmean(seconds) * (total - done) / self.size / 3600:.1f} h left" if seconds else ""
 

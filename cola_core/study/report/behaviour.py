@@ -125,25 +125,22 @@ def cost(findings: Findings) -> Iterator[Block]:
     yield Heading("Cost")
     yield Text(
         "Means per test cell over tasks in the mean: trainable parameters at a time, training tokens with a probe's at "
-        "one and a half, processor seconds of the whole cell (preparation and scoring too), points of accuracy gained "
-        "over the base model with its fitted head, and processor seconds for each of them. The sweep: all its cells."
+        "one and a half, processor seconds of probes and links, points of accuracy gained over the base model with its "
+        "fitted head, and processor seconds for each of them. The sweep: all its cells."
     )
     rows = []
     for recipe, spent in findings.spent.items():
-        swept = [r.content["cpu_seconds"] for r in findings.results if r.cell.group.recipe == recipe and _swept(r)]
+        mine = (r for r in findings.results if r.cell.group.recipe == recipe)
+        swept = sum(r.cpu_seconds for r in mine if r.cell.phase == "sweep") / 3600
         each = f"{spent.cpu_seconds / spent.points:.1f}" if spent.points > 0 else "-"
         rows.append(
             [
                 *(recipe, f"{spent.parameters:,.0f}", f"{spent.tokens:,.0f}", f"{spent.cpu_seconds:.1f}"),
-                *(f"{spent.points:.2f}", each, f"{sum(swept) / 3600:.2f}"),
+                *(f"{spent.points:.2f}", each, f"{swept:.2f}"),
             ]
         )
     head = ["recipe", "parameters", "tokens", "cpu s", "points gained", "cpu s per point", "sweep, cpu h"]
     yield Table(head, rows)
-
-
-def _swept(result: Result) -> bool:
-    return result.cell.phase == "sweep" and "cpu_seconds" in result.content
 
 
 def cells(findings: Findings) -> Iterator[Block]:
