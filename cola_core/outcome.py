@@ -57,9 +57,10 @@ def _drawn(layers: Mapping[str, LoRA], job: LinkJob) -> Drawn | None:
 
 def _alpha(pair: Pair, config: LinkConfig) -> float:
     """What PEFT's alpha / r or alpha / sqrt(r) gives the pair's scale from; its rank may not be that of training."""
-    if SCALES[config.scale](config.alpha, pair.rank) == pair.scale:
+    rule = "rslora" if config.scale == "rslora" else "lora"  # the two that PEFT's files know
+    if SCALES[rule](config.alpha, pair.rank) == pair.scale:
         return config.alpha
-    return pair.scale / SCALES[config.scale](1.0, pair.rank)
+    return pair.scale / SCALES[rule](1.0, pair.rank)
 
 
 def record_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -81,6 +82,9 @@ def whole_input(layer: LoRA, x: Tensor, a: Tensor) -> Tensor:
     return layer.dropout(x) if layer.B.requires_grad else functional.linear(layer.dropout(x), a)
 
 
+# What a layer has read of earlier blocks stands for no matrix, so the merge is only near.
+inexact = partial(Form, shortcuts.remember, own, shortcuts.connect, exact=False, settle=shortcuts.settle)
+
 PARAMETRISATIONS = {
     "plain": Form(nothing, own),
     "frozen_a": Form(freeze_a, own),
@@ -88,21 +92,9 @@ PARAMETRISATIONS = {
     "dense": Form(freeze_identity, own, low=whole_input),
     "gated": Form(gates.start_gates, gates.gated, merged=gates.open_ranks),
     "softmax_gated": Form(gates.start_scores, gates.softmax_gated),
-    "res_is": Form(
-        *(shortcuts.remember, own, shortcuts.connect, shortcuts.input_low, shortcuts.by_inputs),
-        exact=False,
-        settle=shortcuts.settle,
-    ),
+    "res_is": inexact(low=shortcuts.input_low, merged=shortcuts.by_inputs),
     "res_bs": Form(nothing, shortcuts.block_factors, shortcuts.connect),
-    "res_ms": Form(
-        *(shortcuts.remember, own, shortcuts.connect, shortcuts.middle_low, shortcuts.by_inputs),
-        exact=False,
-        settle=shortcuts.settle,
-    ),
-    "res_ms_weights": Form(
-        *(shortcuts.remember, own, shortcuts.connect, shortcuts.middle_low, shortcuts.by_weights),
-        exact=False,
-        settle=shortcuts.settle,
-    ),
+    "res_ms": inexact(low=shortcuts.middle_low, merged=shortcuts.by_inputs),
+    "res_ms_weights": inexact(low=shortcuts.middle_low, merged=shortcuts.by_weights),
     "nola": Form(nola.prepare, nola.factors, nola.connect, stored=own),
 }

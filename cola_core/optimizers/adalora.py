@@ -36,10 +36,11 @@ class AdaLora(AdamW):
         super().__init__(groups, **settings)
         self.layers, self.options, self.steps = layers, options, steps
         self.whole = sum(len(layer.gate) for layer in layers.values())
-        if self.whole <= (target := options.rank * len(layers)):
+        self.target = options.rank * len(layers)
+        if self.whole <= self.target:
             raise UserError(
-                f"link.update.rank {options.rank}: keeps {target} ranks in {len(layers)} modules, which start with "
-                f"{self.whole}: none would be closed; lower it or raise allocate.rank"
+                f"link.update.rank {options.rank}: keeps {self.target} ranks in {len(layers)} modules, which start "
+                f"with {self.whole}: none would be closed; lower it or raise allocate.rank"
             )
 
     def collect(self, rows: Sequence[int], read: Reading) -> tuple[float, int]:
@@ -60,7 +61,7 @@ class AdaLora(AdamW):
                     for parameter in (layer.A, layer.B, layer.gate):
                         self._notice(parameter)
             if done >= last or (done > options.first and done % options.every == 0):
-                self._keep(budget(done, self.whole, options.rank * len(self.layers), options, self.steps))
+                self._keep(budget(done, self.whole, self.target, options, self.steps))
 
     def _notice(self, parameter: Parameter) -> None:
         """Smoothed sensitivity, and its smoothed distance from what it is now (equations 8 to 10)."""
@@ -73,9 +74,9 @@ class AdaLora(AdamW):
 
     def _keep(self, count: int) -> None:
         """Close every gate whose score is not among the `count` largest."""
-        scores = {name: self._score(layer) for name, layer in self.layers.items()}
         if count >= self.whole:
             return
+        scores = {name: self._score(layer) for name, layer in self.layers.items()}
         floor = torch.cat(list(scores.values())).kthvalue(self.whole - count).values
         for name, layer in self.layers.items():
             layer.gate.masked_fill_(scores[name] <= floor, 0.0)
