@@ -1,0 +1,103 @@
+"""A study's report: every number that it must give, one page that loads nothing, and the same as Markdown."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from cola_core.errors import UserError
+from cola_core.study.report.blocks import Block, Details, Drawing, Heading, Table, Text, write_html, write_markdown
+from cola_core.study.report.findings import Findings
+from cola_core.study.report.page import report
+from cola_core.study.results import read_packed, read_results, result_file, write_packed
+from tests.studies import design, results
+
+SAID = "## What it shows\n\nLittle, and `gora` **most**.\n\n- one thing\n- another"
+
+
+def blocks(**changes: object) -> list[Block]:
+    made = design(families={"lora": {1: "lora", 2: "wide"}}, **changes)
+    return list(report(Findings(made, results(made, {"gora": 0.02}), {}), SAID))
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    found = blocks()
+    write_html(tmp_path / "index.html", "A title <with> marks", found)
+    write_markdown(tmp_path / "README.md", found)
+    return tmp_path
+
+
+def test_what_was_expected_and_what_can_be_seen_stand_before_what_was_seen() -> None:
+    order = [block.text for block in blocks() if isinstance(block, Heading)]
+    places = [order.index(t) for t in ("What it shows", "What was expected", "What can be seen", "Test accuracy")]
+    assert places == sorted(places)
+    seen = next(b.text for b in blocks() if isinstance(b, Text) and "smallest detectable" in b.text)
+    assert re.search(r"5 blocks .* each of 1 recipes .*\*\*[\d.]+ points\*\*", seen)
+
+
+def test_the_headline_gives_means_intervals_differences_and_verdicts() -> None:
+    table = next(b for b in blocks() if isinstance(b, Table) and "verdict" in b.head and "one" in b.head)
+    rows = {row[0]: row for row in table.rows}
+    assert rows["gora (1.15 x tokens)"][-1] == "better"
+    assert rows["wide (2.00 x parameters)"][-1] == "control"
+    assert re.fullmatch(r"\d\d\.\d \[\d\d\.\d, \d\d\.\d\]", rows["lora"][1])
+    assert rows["lora"][-1] == "", "the baseline is not compared with itself"
+
+
+def test_the_page_loads_nothing_and_says_what_markdown_says(written: Path) -> None:
+    page, text = ((written / name).read_text() for name in ("index.html", "README.md"))
+    assert not re.search(r"<(script|link|img|iframe)|url\((?!#)|@import", page)
+    assert "<title>A title &lt;with&gt; marks</title>" in page
+    for block in blocks():
+        words = block.text.split("\n")[0] if isinstance(block, Heading | Text) else ""
+        plain = re.sub(r"[`*]|^- |\[([^\]]+)\]\([^)]+\)", r"\1", words)
+        assert plain in re.sub(r"[`*]|\[([^\]]+)\]\([^)]+\)", r"\1", text)
+        assert plain in re.sub(r"<[^>]+>", "", page).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    for table in (b.table if isinstance(b, Details) else b for b in blocks() if isinstance(b, Table | Details)):
+        for row in table.rows:
+            assert "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" in text
+
+
+def test_every_figure_is_drawn_and_named_once(written: Path) -> None:
+    drawings = [block for block in blocks() if isinstance(block, Drawing)]
+    assert [d.name for d in drawings] == ["forest", "along", "rates", "losses", "ranks"]
+    for drawing in drawings:
+        ET.fromstring((written / "figures" / f"{drawing.name}.svg").read_text())
+
+
+def test_the_same_results_give_the_same_bytes(written: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    write_html(again / "index.html", "A title <with> marks", blocks())
+    assert (again / "index.html").read_bytes() == (written / "index.html").read_bytes()
+
+
+def test_before_any_cell_was_scored_there_is_a_report_of_the_sweep() -> None:
+    made = design()
+    swept = [r for r in results(made, {}) if r.cell.phase == "sweep"]
+    told = [block.text for block in report(Findings(made, swept, {}), "") if isinstance(block, Heading)]
+    assert "Learning rates" in told
+    assert "Test accuracy" not in told
+
+
+def test_results_come_back_as_they_were_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    made = design()
+    for one in results(made, {}):
+        cell, group = one.cell, one.cell.group
+        told = {**vars(group), "phase": cell.phase, "learning_rate": cell.learning_rate, "seed": cell.seed}
+        write_packed(result_file(tmp_path, cell, "key"), {**one.content, "cell": told})
+    found = {r.cell: r for r in read_results(tmp_path)}
+    for one in results(made, {}):
+        assert found[one.cell].validation_loss == one.validation_loss
+        assert found[one.cell].metrics == one.metrics
+    path = next((tmp_path / "cells").iterdir())
+    before = path.read_bytes()
+    write_packed(path, read_packed(path))
+    assert path.read_bytes() == before, "the same content gives the same bytes"
+    path.write_bytes(before[:-9])
+    with pytest.raises(UserError, match=r"no result of a cell .* delete it, and the cell runs again"):
+        list(read_results(tmp_path))
