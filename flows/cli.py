@@ -69,8 +69,13 @@ def study(
     file: Annotated[Path, typer.Argument(help="The study's file, such as studies/main.yaml.")],
     budget: Annotated[float | None, typer.Option(metavar="HOURS", help="Start no cell after so long.", min=0)] = None,
     report: Annotated[bool, typer.Option("--report", help="Run nothing, write the report alone.")] = False,
+    register: Annotated[bool, typer.Option("--register", help="Register the best chain of every task.")] = False,
 ) -> None:
     """Run what is missing of a study - recipes, tasks, learning rates, seeds - and write its report."""
+    if register:
+        from flows.start import register_winners
+
+        return register_winners(file)
     if not report:
         from flows.start import start_study
 

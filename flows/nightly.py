@@ -10,7 +10,7 @@ from prefect.states import Completed, Failed
 
 from cola_core.errors import RetryError, UserError, system_told
 from flows.gate import judge_challenger, lines
-from flows.pipeline import cola_pipeline
+from flows.pipeline import ChainName, MethodName, ModelName, Overrides, Seed, TaskName, cola_pipeline
 from flows.server import reported, stoppable
 from flows.snapshot import checkout
 from tasks.gate import SettledError
@@ -22,12 +22,12 @@ State = prefect.State[Any]
 
 @prefect.flow(name="cola-nightly")
 def cola_nightly(
-    method: str | None = None,
-    task: str | None = None,
-    model: str | None = None,
-    chain: str | None = None,
-    seed: int | None = None,
-    overrides: list[str] | None = None,
+    method: MethodName = None,
+    task: TaskName = None,
+    model: ModelName = None,
+    chain: ChainName = None,
+    seed: Seed = None,
+    overrides: Overrides = None,
     committed: bool = True,
 ) -> State:
     """Run the pipeline, then let its chain try for the champion's place. Arguments: as of `cola-pipeline`."""

@@ -32,7 +32,6 @@ __all__ = ["cola_pipeline"]
 
 PROJECT = Path(__file__).resolve().parents[1]
 RETRY_SECONDS = 30.0
-STRINGS = WithJsonSchema({"type": "array", "items": {"type": "string"}})
 State = prefect.State[Any]
 
 
@@ -44,14 +43,22 @@ def _names(group: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "enum": choices(PROJECT, group)})
 
 
+MethodName = Annotated[str | None, _names("method")]
+TaskName = Annotated[str | None, _names("task")]
+ModelName = Annotated[str | None, _names("model")]
+ChainName = Annotated[str | None, _names("chain")]
+Seed = Annotated[int | None, WithJsonSchema({"type": "integer"})]
+Overrides = Annotated[list[str] | None, WithJsonSchema({"type": "array", "items": {"type": "string"}})]
+
+
 @prefect.flow(name="cola-pipeline")
 def cola_pipeline(
-    method: Annotated[str | None, _names("method")] = None,
-    task: Annotated[str | None, _names("task")] = None,
-    model: Annotated[str | None, _names("model")] = None,
-    chain: Annotated[str | None, _names("chain")] = None,
-    seed: Annotated[int | None, WithJsonSchema({"type": "integer"})] = None,
-    overrides: Annotated[list[str] | None, STRINGS] = None,
+    method: MethodName = None,
+    task: TaskName = None,
+    model: ModelName = None,
+    chain: ChainName = None,
+    seed: Seed = None,
+    overrides: Overrides = None,
     committed: bool = False,
 ) -> State:
     """Fine-tune a model by a chain of low-rank adapters, then merge, evaluate and register it.

@@ -17,7 +17,7 @@ from flows.snapshot import checkout, snapshot, unpacked
 if TYPE_CHECKING:
     from prefect import State
 
-__all__ = ["start", "start_study"]
+__all__ = ["register_winners", "start", "start_study"]
 
 
 def start(picks: Mapping[str, str | None], seed: int | None, overrides: Sequence[str], committed: bool) -> None:
@@ -56,6 +56,24 @@ def start_study(file: Path, hours: float | None) -> None:
         return cola_study(str(file.resolve().relative_to(checkout())), hours, return_state=True)
 
     _to_the_end(study)
+
+
+def register_winners(file: Path) -> None:
+    """Train the best chain of every task of a study again as a run of the pipeline, which registers it.
+
+    Raises:
+        UserError, RetryError: the study has no results, or what went wrong in a run.
+    """
+    from cola_core.study.results import read_results
+    from flows.study.winners import overrides_of, winners
+
+    design = read_design(file)
+    best = list(winners(design, list(read_results(checkout() / design.out))))
+    if not best:
+        raise UserError(f"{design.out}: no cell was scored on test rows yet; run the study first")
+    for result in best:
+        print(f"{result.cell.name}: the lowest validation loss on {result.cell.group.task}", flush=True)
+        start({}, None, overrides_of(result), committed=False)
 
 
 def _to_the_end(flow: Callable[[], State[Any]]) -> None:

@@ -23,6 +23,8 @@ from cola_core.files import tree_hash
 from cola_core.study.design import read_design
 from cola_core.study.results import Result, read_results
 from cola_core.study.sweep import choose, curves, wanted
+from flows.compose import defaults
+from flows.study.winners import winners
 from tests.tiny import TOPICS, environment, project
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
@@ -276,3 +278,24 @@ def test_a_report_alone_needs_no_server(studied: Any) -> None:
     done = cola(root, alone, "study", "studies/tiny.yaml", "--report")
     assert done.returncode == 0, done.stderr
     assert (root / "results/index.html").is_file()
+
+
+def test_the_best_chain_of_a_task_is_registered_with_the_adapters_of_its_cell(studied: Any) -> None:
+    root, variables, _ = studied
+    subprocess.run(["git", "checkout", "-q", "--", "params.yaml"], cwd=root, check=True)
+    (root / "params.yaml").write_text(defaults(root))
+    done = cola(root, variables, "study", "studies/tiny.yaml", "--register")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (best,) = winners(read_design(root / "studies/tiny.yaml"), list(results(root).values()))
+    script = (
+        "from tasks.store import open_store\nwith open_store() as s:\n"
+        "  v = s.client.get_model_version_by_alias('cola-custom', 'challenger')\n"
+        "  print(v.tags['cola.recipe'], v.tags['cola.seed'], v.tags['cola.accuracy'])"
+    )
+    told = subprocess.run([sys.executable, "-c", script], cwd=root, env=variables, capture_output=True, text=True)
+    assert told.stdout.split()[:2] == [best.cell.group.recipe, str(best.cell.seed)], told.stderr
+    assert float(told.stdout.split()[2]) == pytest.approx(best.metrics["accuracy"])
+    (links,) = (root / ".cola/workspaces").glob("*/artifacts/links")
+    adapters = [link["adapter"] for link in best.content["links"]]
+    found = [tree_hash(links / str(k) / "adapter/adapter_model.safetensors") for k in range(1, len(adapters) + 1)]
+    assert found == adapters
