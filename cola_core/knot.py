@@ -19,7 +19,7 @@ from cola_core.axes.bases import BASES
 from cola_core.axes.parametrisations import PARAMETRISATIONS
 from cola_core.chain import head_of, tie
 from cola_core.config.recipe import LinkConfig, MachineConfig
-from cola_core.errors import TrainingError
+from cola_core.errors import UserError
 from cola_core.job import LinkJob
 from cola_core.lineage import Link
 from cola_core.models import head_parameters, load_base, place
@@ -68,7 +68,7 @@ def tie_knot(job: LinkJob, adapter: Adapter, scores: Tensor, kept: bool) -> dict
         the change, the merge errors, and the merged model's scores, which `verify_chain` finds again.
 
     Raises:
-        TrainingError: a score moved by more than the base store's tolerance * max(1, |score|max), or is not finite.
+        UserError: a score moved by more than the base store's tolerance * max(1, |score|max), or is not finite.
     """
     rows = job.validation[:KNOT_ROWS]
     if kept:
@@ -88,7 +88,7 @@ def _check(job: LinkJob, adapter: Adapter, before: Tensor, rows: Sequence[Row]) 
     tolerance = BASES[job.machine.dtype].tolerance if exact(job.config) else sys.float_info.max
     allowed = tolerance * max(1.0, float(before.abs().max()))
     if not moved <= allowed:
-        raise TrainingError(_untied(job, f"moves a score by {moved:.3g}, more than {allowed:.3g}", errors))
+        raise UserError(_untied(job, f"moves a score by {moved:.3g}, more than {allowed:.3g}", errors))
     return {
         "exact": exact(job.config),
         "score_change": moved,

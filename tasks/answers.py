@@ -27,7 +27,7 @@ def test_sample(context: Context) -> tuple[Task, list[Row]]:
     from cola_core.split_files import read_rows
 
     config = context.section(EvaluateConfig, "evaluate")
-    rows = sample(read_rows(PREPARED / "test.arrow"), config.rows, context.value("seed"))
+    rows = sample(read_rows(PREPARED / "test.arrow"), config.rows)
     return Task.read(PREPARED / "task.json"), rows
 
 

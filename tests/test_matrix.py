@@ -30,18 +30,18 @@ Choice = dict[str, Any]
 Pair = tuple[str, int, str, int]  # two keys of AXES, each with the place of its value
 GA = {"kind": "lora_ga", "direction": "ArB2r", "form": "paper", "gamma": 16.0}
 AXES: dict[str, list[Any]] = {
-    "allocate.allocator": ["uniform", "gora", {"kind": "layer_subset", "blocks": 1}, "eva"],
+    "allocate.allocator": ["uniform", "full", "gora", {"kind": "layer_subset", "blocks": 1}, "eva"],
     "link.initialiser": [
         *("kaiming", "random_b", "gaussian", {"kind": "gora", "gamma": 0.05}, GA, "eva"),
         *({"kind": "cora", "sisters": "chain"}, {"kind": "momentum", "momentum": 0.2}),
-        {"kind": "loftq", "iterations": 2},
+        *({"kind": "loftq", "iterations": 2}, "identity"),
     ],
     "link.parametrisation": [
-        *("plain", "frozen_a", "frozen_b", {"kind": "gated", "start": "one"}),
+        *("plain", "frozen_a", "frozen_b", "dense", {"kind": "gated", "start": "one"}),
         *({"kind": "softmax_gated", "temperature": 0.05}, {"kind": "nola", "bases": 8}, "res_is"),
         *({"kind": kind, "previous": 1} for kind in ("res_bs", "res_ms", "res_ms_weights")),
     ],
-    "link.scale": ["lora", "rslora"],
+    "link.scale": ["lora", "rslora", "unit"],
     "link.update": [
         *("adamw", "sgd", {"kind": "lora_plus", "ratio": 4.0}, {"kind": "penalised", "l2": 0.01}),
         {"kind": "proximal", "threshold": 0.1, "rule": "soft", "l1": 0.0},

@@ -22,7 +22,7 @@ class MergeConfig(Strict):
 class EvaluateConfig(Strict):
     """Section `evaluate`.
 
-    rows: of the test file, a seeded class-stratified sample, or all of them.
+    rows: of the test file, a class-stratified sample that is the same under every seed, or all of them.
     batch, batch_tokens: rows, and tokens with their padding (null = any number), computed at once at most.
     prefixes: score every prefix of the chain, not only the whole.
     resamples, confidence: of the percentile bootstrap behind every interval.

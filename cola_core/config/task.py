@@ -66,9 +66,10 @@ class FetchConfig(Strict):
 
 
 class HeldOutConfig(Strict):
-    """Rows of the training file that are tested on too, the same for every seed; skip: as many others go before them.
+    """At most so many rows of the training file that are tested on too, the same for every seed; skip: others before.
 
-    Two ranges that do not overlap hold different rows, so a second study can be tested where the first was not.
+    Two ranges that do not overlap hold different rows, so a second study can be tested where the first was not; fewer
+    than `rows` where a group stands across an end.
     """
 
     rows: int = Field(ge=1)

@@ -8,8 +8,9 @@ that are held out of the training file beside them are the same under every seed
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 
 from cola_core.config.task import PrepareConfig
 from cola_core.data.examples import Example
@@ -85,33 +86,27 @@ def split(train: Sequence[Example], test: Sequence[Example] | None, config: Prep
 
 
 def _held_out(train: Sequence[Example], config: PrepareConfig) -> tuple[list[Example], list[Example]]:
-    """The rows of `prepare.held_out` and all others, both in the file's order; groups go as a whole, by their hash."""
+    """The rows of `prepare.held_out` and all others, both in the file's order.
+
+    Groups stand in one order, that of their hash, whatever the range; one that an end of it would cut is in no range.
+    """
     if config.held_out is None:
         return [], list(train)
+    first, last = config.held_out.skip, config.held_out.skip + config.held_out.rows
+    if last > len(train):
+        raise UserError(
+            f"params.yaml: prepare.held_out: asks for {config.held_out.rows} rows after {first} others, but the "
+            f"training file has {_rows(len(train))}"
+        )
     kin = [example.group or example.prompt for example in train]
     sizes = Counter(kin)
     order = sorted(sizes, key=lambda group: derive(0, "held_out", group))
-    skipped = _filled(order, sizes, config.held_out.skip)
-    chosen = _filled([group for group in order if group not in skipped], sizes, config.held_out.rows)
-    if (found := sum(sizes[group] for group in chosen)) < config.held_out.rows:
-        raise UserError(
-            f"params.yaml: prepare.held_out: rows is {config.held_out.rows} after {config.held_out.skip} others, but "
-            f"the training file has only {_rows(found)} in groups that fit"
-        )
+    ends = dict(zip(order, accumulate(sizes[group] for group in order), strict=True))
     parts: tuple[list[Example], list[Example]] = [], []
     for group, example in zip(kin, train, strict=True):
-        parts[group not in chosen].append(example)
+        inside = first <= ends[group] - sizes[group] and ends[group] <= last
+        parts[not inside].append(example)
     return parts
-
-
-def _filled(groups: Sequence[str], sizes: Mapping[str, int], rows: int) -> set[str]:
-    """The first groups that together hold `rows` rows; one that would be too much is passed over."""
-    chosen: set[str] = set()
-    for group in groups:
-        if sizes[group] <= rows:
-            chosen.add(group)
-            rows -= sizes[group]
-    return chosen
 
 
 def _test_rows(
