@@ -45,7 +45,7 @@ PAIRS, GATES, SHORTCUTS = (
     "res_is res_bs res_ms res_ms_weights",
 )
 NOT_PLAIN = f"frozen_a frozen_b dense nola {GATES} {SHORTCUTS}"
-NOT_IDENTITY = f"kaiming random_b gaussian cora eva {STEPPING}"
+NOT_IDENTITY = f"kaiming random_b cora eva {STEPPING}"
 
 REFUSALS = (
     _no(ALLOCATOR, "gora", PROBE, "none", "ranks come from the probe's gradient"),
@@ -60,6 +60,9 @@ REFUSALS = (
     _no(INITIALISER, "identity", ALLOCATOR, "uniform gora layer_subset eva", "an identity fills a side"),
     _no(INITIALISER, "identity", PARAMETRISATION, f"frozen_a frozen_b nola {GATES} {SHORTCUTS}",
         "the factor that starts at 0 is the one that trains"),
+    _no(ALLOCATOR, "uniform gora layer_subset eva", PARAMETRISATION, "dense", "an identity fills a side"),
+    _no(INITIALISER, "identity", PRUNING, "beam_lora", "its gates would scale what is the identity"),
+    _no(INITIALISER, "identity", UPDATE, "proximal adalora fedavg", "they ask for gates or a factor that is frozen"),
     _no(PARAMETRISATION, "dense", INITIALISER, NOT_IDENTITY, "the factor that it freezes is the identity"),
     _no(INITIALISER, STEPPING, PARAMETRISATION, SHORTCUTS, "its start would count in later blocks too"),
     _no(INITIALISER, f"{STEPPING} cora eva", PARAMETRISATION, "nola", "its start could not be drawn again from a seed"),
