@@ -65,10 +65,11 @@ def register_winners(file: Path) -> None:
         UserError, RetryError: the study has no results, or what went wrong in a run.
     """
     from cola_core.study.results import read_results
+    from cola_core.study.sweep import counted
     from flows.study.winners import overrides_of, winners
 
     design = read_design(file)
-    best = list(winners(design, list(read_results(checkout() / design.out))))
+    best = list(winners(design, counted(design, read_results(checkout() / design.out))))
     if not best:
         raise UserError(f"{design.out}: no cell was scored on test rows yet; run the study first")
     for result in best:

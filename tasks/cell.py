@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -136,6 +137,8 @@ def _keep(order: StageOrder, folder: Path) -> None:
 def _point(out: Path, place: Path) -> None:
     if out.is_symlink() and out.readlink() == place:
         return
+    if out.is_dir() and not out.is_symlink():  # left by a process that was killed before it could hand it over
+        shutil.rmtree(out)
     out.unlink(missing_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.symlink_to(place)

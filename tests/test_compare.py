@@ -11,6 +11,7 @@ from statsmodels.stats.multitest import multipletests
 
 from cola_core.study.compare import compare, detectable, estimate, scores
 from cola_core.study.design import Cell, Group
+from cola_core.study.results import Result
 from cola_core.study.sweep import curves
 from cola_core.study.traits import agreement, spending, usable
 from tests.studies import design, result, results
@@ -81,6 +82,17 @@ def test_the_detectable_difference_is_found_with_the_power_that_is_stated(blocks
     edge, shift = stats.t.isf(level / 2, freedom), size * np.sqrt(blocks)
     power = stats.nct.sf(edge, freedom, shift) + stats.nct.cdf(-edge, freedom, shift)
     assert power == pytest.approx(tests.power, abs=1e-3)
+
+
+def test_a_cell_whose_training_failed_counts_as_the_base_model() -> None:
+    made = design()
+    found = results(made, {"gora": 0.05})
+    lost = [r for r in found if r.cell.phase == "test" and r.cell.group.recipe == "gora" and r.cell.seed < 4]
+    broken = [Result(r.cell, {"failed": "diverged"}) if r in lost else r for r in found]
+    by = scores(made, broken, "accuracy")
+    assert sorted(by["gora"].values())[:4] == [0.4] * 4, "what survives is not all there is"
+    (gora,) = compare(made.tests, by, ["gora"])
+    assert gora.difference.mean < 0
 
 
 def test_one_value_has_no_interval_and_equal_ones_none_either() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cola_core.errors import UserError
 from cola_core.study.design import Cell, Design
 from cola_core.study.results import Result
-from cola_core.study.sweep import choose, curves, wanted
+from cola_core.study.sweep import choose, counted, curves, wanted
 from tests.studies import design, result
 
 GRID = [1e-4, 1e-3, 1e-2]
@@ -133,3 +133,16 @@ def test_a_recipe_may_run_on_some_tasks_alone() -> None:
     assert {group.task for group in made.groups() if group.recipe == "part"} == {"two"}
     with pytest.raises(UserError, match=r"recipes\.part\.tasks: 'tow'; did you mean 'two'"):
         design(recipes={**recipes, "part": {"set": [], "tasks": ["tow"]}})
+
+
+def test_results_of_other_seeds_rates_or_recipes_do_not_count() -> None:
+    made = design()
+    found = run(made, best=1e-3)
+    group = next(made.groups())
+    strange = [
+        result(Cell("test", group, 1e-2, 0), 0.1),  # at a rate that is not the chosen one any more
+        result(Cell("test", group, 1e-3, 77), 0.1),
+        result(Cell("sweep", group, 1e-3, 77), 0.0, loss=0.0),
+        result(Cell("test", replace(group, recipe="gone"), 1e-3, 0), 0.1),
+    ]
+    assert counted(made, [*strange, *found]) == found

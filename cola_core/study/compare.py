@@ -16,7 +16,7 @@ from scipy import stats
 from cola_core.study.design import Design, Tests
 from cola_core.study.results import Result
 
-__all__ = ["Comparison", "Estimate", "compare", "detectable", "estimate", "scores"]
+__all__ = ["Comparison", "Estimate", "block_of", "compare", "detectable", "estimate", "scores"]
 
 Block = tuple[str, str, int]  # model, task, seed
 Scores = Mapping[str, Mapping[Block, float]]  # recipe -> block -> score
@@ -59,18 +59,28 @@ class Comparison:
 
 
 def scores(design: Design, results: Iterable[Result], metric: str, headline: bool = True) -> Scores:
-    """A metric of every test cell, by recipe and block.
+    """A metric of every test cell, by recipe and block; a cell whose training failed has what the base model scores.
 
     Args:
         headline: leave out the tasks that do not count in the mean.
     """
     found: dict[str, dict[Block, float]] = {recipe: {} for recipe in design.recipes}
-    for result in results:
-        cell, group = result.cell, result.cell.group
-        counts = design.tasks[group.task].headline or not headline
-        if cell.phase == "test" and counts and metric in result.metrics:
-            found[group.recipe][group.model, group.task, cell.seed] = result.metrics[metric]
+    tests = [
+        r for r in results if r.cell.phase == "test" and (design.tasks[r.cell.group.task].headline or not headline)
+    ]
+    base = {block_of(r): r.content["base"][metric] for r in tests if metric in r.content.get("base", {})}
+    for result in tests:
+        block, recipe = block_of(result), result.cell.group.recipe
+        if metric in result.metrics:
+            found[recipe][block] = result.metrics[metric]
+        elif result.failed and block in base:
+            found[recipe][block] = base[block]
     return found
+
+
+def block_of(result: Result) -> Block:
+    """The model, task and seed of a cell."""
+    return result.cell.group.model, result.cell.group.task, result.cell.seed
 
 
 def estimate(values: Sequence[float], level: float) -> Estimate:

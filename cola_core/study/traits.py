@@ -11,6 +11,7 @@ from statistics import fmean
 import numpy as np
 from scipy import stats
 
+from cola_core.study.compare import block_of
 from cola_core.study.design import Design, Group
 from cola_core.study.results import Result
 from cola_core.study.sweep import choose
@@ -74,18 +75,13 @@ def spending(design: Design, results: Iterable[Result]) -> dict[str, Spending]:
     for result in results:
         if result.metrics and design.tasks[result.cell.group.task].headline:
             by.setdefault(result.cell.group.recipe, []).append(result)
-    base = {_block(result): result for result in by.get(design.tests.baseline, [])}
-    return {recipe: _spent([r for r in cells if _block(r) in base], base) for recipe, cells in by.items()}
-
-
-def _block(result: Result) -> tuple[str, str, int]:
-    group = result.cell.group
-    return group.model, group.task, result.cell.seed
+    base = {block_of(result): result for result in by.get(design.tests.baseline, [])}
+    return {recipe: _spent([r for r in cells if block_of(r) in base], base) for recipe, cells in by.items()}
 
 
 def _spent(cells: Sequence[Result], base: Mapping[tuple[str, str, int], Result]) -> Spending:
     shares = {
-        name: fmean(count(r) / max(1.0, count(base[_block(r)])) for r in cells) if cells else 1.0
+        name: fmean(count(r) / max(1.0, count(base[block_of(r)])) for r in cells) if cells else 1.0
         for name, count in (("parameters", _parameters), ("tokens", _tokens))
     }
     unequal = tuple(f"{share:.2f} x {name}" for name, share in shares.items() if abs(share - 1) > EQUAL)

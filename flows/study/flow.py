@@ -1,6 +1,7 @@
 """The study as a Prefect flow: every cell is a task run, on floor(cores / threads) processes."""
 
 # No `from __future__ import annotations`: a deployment's process could not resolve the flow's own annotations.
+import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -22,13 +23,13 @@ from cola_core.assets.cache import cache_root
 from cola_core.errors import RetryError, UserError, system_told
 from cola_core.files import scratch
 from cola_core.study.design import Cell, Design, Group, read_design
-from cola_core.study.results import Result, read_results
-from cola_core.study.sweep import wanted
+from cola_core.study.results import Result, read_results, result_file
+from cola_core.study.sweep import counted, wanted
 from flows.compose import defaults
 from flows.posting import post
 from flows.server import reported, stoppable
 from flows.slots import pool_size
-from flows.snapshot import checkout, snapshot, unpacked
+from flows.snapshot import checkout, git, snapshot, unpacked
 from flows.study.board import Board, board
 from flows.study.estimate import estimate
 from flows.study.keep import keep, record_of
@@ -63,9 +64,10 @@ def _attempt(file: Path, hours: float | None) -> State:
             root = checkout()
             design = read_design(root / file)
             tree = snapshot(root, False)
+            version = hashlib.sha256(git(root, "ls-tree", tree, "--", *CODE)).hexdigest()[:16]
             with unpacked(root, tree, *CODE) as code, scratch(cache_root(), "study") as looks:
                 (code / "params.yaml").write_text(defaults(code), encoding="utf-8")
-                return _Study(design, root, Orders(design, tree, code, looks)).run(hours)
+                return _Study(design, root, Orders(design, version, code, looks)).run(hours)
     except (UserError, RetryError) as error:
         return Failed(message=str(error), data=error)
 
@@ -80,7 +82,8 @@ class _Study:
         """Cells until none is missing, the time is over, or one shows a mistake in the study."""
         until = time.monotonic() + hours * 3600 if hours is not None else float("inf")
         folder = self.root / self.design.out
-        results = [result for result in read_results(folder) if self._current(result)]
+        self._set_aside(folder)
+        results = counted(self.design, read_results(folder))
         size = self._size()
         with Pool(self.orders.code, self.root, size) as pool:
             self._tell_estimate(results, pool, size, hours)
@@ -126,12 +129,15 @@ class _Study:
                 else:
                     get_run_logger().info(shown.ended(outcome))
 
-    def _current(self, result: Result) -> bool:
-        """Whether the study still has this cell, with these parameters."""
-        there = result.cell.group in self.groups and self.orders.plan(result.cell).key == result.content["key"]
-        if not there:
-            get_run_logger().warning("%s: of other parameters than the study has now; not counted", result.cell.name)
-        return there
+    def _set_aside(self, folder: Path) -> None:
+        """Move results whose parameters are no longer those of the study to `superseded/`: none is lost or counted."""
+        for result in read_results(folder):
+            key = result.content["key"]
+            if result.cell.group not in self.groups or self.orders.plan(result.cell).key != key:
+                get_run_logger().warning("%s: of other parameters than the study has now; set aside", result.cell.name)
+                (folder / "superseded").mkdir(exist_ok=True)
+                file = result_file(folder, result.cell, key)
+                file.replace(folder / "superseded" / file.name)
 
     @cached_property
     def groups(self) -> set[Group]:
@@ -173,7 +179,7 @@ class _Study:
                 if attempt == RETRIES:
                     raise
                 time.sleep(RETRY_SECONDS)
-        result = keep(self.design, self.root / self.design.out, planned, answer, self.orders.tree)
+        result = keep(self.design, self.root / self.design.out, planned, answer, self.orders.version)
         record_of(self.design, planned, result, started)
         shutil.rmtree(folder, ignore_errors=True)
         return result

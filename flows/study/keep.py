@@ -22,11 +22,11 @@ from tasks.places import home
 __all__ = ["keep", "raise_if_failed", "record_of"]
 
 
-def keep(design: Design, folder: Path, planned: Planned, answer: Mapping[str, Any], tree: str) -> Result:
+def keep(design: Design, folder: Path, planned: Planned, answer: Mapping[str, Any], version: str) -> Result:
     """Write a cell's result, final from then on.
 
     Args:
-        folder: of the study's results; answer: what the cell's process said; tree: git's name for the code that ran.
+        folder: of the study's results; answer: what the cell's process said; version: a hash of the code that ran.
 
     Raises:
         UserError, RetryError: the cell ended with a mistake, or with what may pass.
@@ -37,7 +37,7 @@ def keep(design: Design, folder: Path, planned: Planned, answer: Mapping[str, An
         "cell": {**vars(cell.group), "phase": cell.phase, "learning_rate": cell.learning_rate, "seed": cell.seed},
         "key": planned.key,
         "command": planned.command,
-        "code": tree,
+        "code": version,
         **answer["result"],
     }
     if rows := content.pop("rows", None):

@@ -56,13 +56,13 @@ class Planned:
 
 @dataclass
 class Orders:
-    """Plans cells of one study with the code and conf/ at `code`, which is git's `tree`.
+    """Plans cells of one study with the code and conf/ at `code`, of which `version` is a hash.
 
     scratch: a folder for DVC to look at.
     """
 
     design: Design
-    tree: str
+    version: str
     code: Path
     scratch: Path
     composed: dict[Group, dict[str, Any]] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Orders:
 
     def _compose(self, overrides: list[str]) -> dict[str, Any]:
         """Hydra takes a quarter of a second, so what it made of the same files is kept."""
-        name = hashlib.sha256(json.dumps([self.tree, overrides]).encode()).hexdigest()[:32]
+        name = hashlib.sha256(json.dumps([self.version, overrides]).encode()).hexdigest()[:32]
         kept = home() / "studies" / "composed" / f"{name}.yaml"
         if not kept.is_file():
             text = self._composed(overrides)

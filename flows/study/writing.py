@@ -11,6 +11,7 @@ from cola_core.study.report.blocks import write_html, write_markdown
 from cola_core.study.report.findings import Findings
 from cola_core.study.report.page import report
 from cola_core.study.results import Result, read_results
+from cola_core.study.sweep import counted
 from tasks.store import open_store
 
 __all__ = ["experiment_of", "identity", "write_report"]
@@ -26,8 +27,7 @@ def write_report(design: Design, root: Path) -> Path:
         UserError: no result yet, or a result file that is damaged.
     """
     folder = root / design.out
-    groups = set(design.groups())
-    results = [result for result in read_results(folder) if result.cell.group in groups]
+    results = counted(design, read_results(folder))
     if not results:
         raise UserError(f"{folder}: no results yet; run the study first")
     said = (folder / SAID).read_text(encoding="utf-8") if (folder / SAID).is_file() else ""

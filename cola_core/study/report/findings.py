@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,13 +30,18 @@ class Findings:
         return [result for result in self.results if result.metrics]
 
     @cached_property
+    def failed(self) -> Counter[str]:
+        """By recipe, test cells whose training failed."""
+        return Counter(r.cell.group.recipe for r in self.results if r.cell.phase == "test" and r.failed)
+
+    @cached_property
     def compared(self) -> list[str]:
         """The recipes whose difference from the baseline is tested."""
         return [name for name, arm in self.design.recipes.items() if not arm.control]
 
     def comparisons(self, metric: str) -> list[Comparison]:
         """Every recipe against the baseline over headline tasks: the tested ones under Holm, controls by themselves."""
-        found, tests = scores(self.design, self.tests, metric), self.design.tests
+        found, tests = scores(self.design, self.results, metric), self.design.tests
         controls = [name for name in self.design.recipes if name not in self.compared]
         return compare(tests, found, self.compared) + compare(tests, found, controls)
 

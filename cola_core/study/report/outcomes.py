@@ -16,7 +16,7 @@ __all__ = ["accuracy", "along", "loss"]
 
 def accuracy(findings: Findings) -> Iterator[Block]:
     design, level = findings.design, findings.design.tests.level
-    found = scores(design, findings.tests, "accuracy", headline=False)
+    found = scores(design, findings.results, "accuracy", headline=False)
     against = {each.recipe: each for each in findings.comparisons("accuracy")}
     yield Heading("Test accuracy")
     yield Text(
@@ -31,7 +31,8 @@ def accuracy(findings: Findings) -> Iterator[Block]:
     for recipe in design.recipes:
         cells = [_scored(found[recipe], model, task, level) for model, task in tasks]
         counted = [s for (_, task, _), s in found[recipe].items() if design.tasks[task].headline]
-        marks = findings.spent[recipe].unequal if recipe in findings.spent else ()
+        marks = [*(findings.spent[recipe].unequal if recipe in findings.spent else ())]
+        marks += [f"{findings.failed[recipe]} failed"] if findings.failed[recipe] else []
         name = f"{recipe} ({', '.join(marks)})" if marks else recipe
         mean = f"{100 * fmean(counted):.2f}" if counted else ""
         rows.append([name, *cells, mean, *_against(against.get(recipe), findings)])
@@ -74,7 +75,7 @@ def loss(findings: Findings) -> Iterator[Block]:
     for recipe in design.recipes:
         row = [recipe]
         for metric in names:
-            values = list(scores(design, findings.tests, metric)[recipe].values())
+            values = list(scores(design, findings.results, metric)[recipe].values())
             row += [f"{fmean(values):.4f}" if values else "", *_against(against[metric].get(recipe), findings, False)]
         rows.append(row)
     yield Table(["recipe", *(x for name in names.values() for x in (name, "difference", "p", "verdict"))], rows)
