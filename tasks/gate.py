@@ -80,7 +80,7 @@ def rollback(store: Store, name: str, reason: str) -> tuple[str, str]:
         UserError: there is no champion, or none before it.
     """
     champion = _alias(store, name, CHAMPION)
-    earlier = _history(store, name)
+    earlier = [each for each in _history(store, name) if champion and each != str(champion.version)]
     if champion is None or not earlier:
         raise UserError(f"{name}: no earlier {CHAMPION} to go back to")
     version, before = str(champion.version), earlier[-1]
