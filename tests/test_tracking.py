@@ -331,7 +331,7 @@ def test_a_live_run_whose_process_died_does_not_stay_running(checkout: Path) -> 
     left("fetch")
     program = (
         "import os, time; from tasks.live import Live; from tasks.context import Context\n"
-        f"live = Live(Context('link@1', '1', {RAW!r}, 'dead'))\n"
+        f"live = Live(Context('link@1', '1', {RAW!r}, record_id='dead'))\n"
         "live.step(1, {'loss': 1.0})\n"
         "while not live._points.empty(): time.sleep(0.05)\n"
         "time.sleep(1.0); os.kill(os.getpid(), 9)"

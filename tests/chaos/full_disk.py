@@ -79,7 +79,7 @@ def writers(work: Path) -> dict[str, Writer]:
             "register": {"name": "z"},
             "rows": list(range(9000)),
         }
-        record(Context("fetch", None, raw, "0", raw), Done(), time.time())
+        record(Context("fetch", None, raw, record_id="0", used=raw), Done(), time.time())
 
     return {
         "json": lambda folder: write_json(folder / "a.json", list(range(20_000))),
