@@ -22,6 +22,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from cola_core.assets.cache import cache_root
 from cola_core.errors import RetryError, UserError, system_told
 from cola_core.files import scratch
+from cola_core.locks import try_lock
 from cola_core.study.design import Cell, Design, Group, read_design
 from cola_core.study.results import Result, read_results, result_file
 from cola_core.study.sweep import counted, wanted
@@ -32,7 +33,7 @@ from flows.slots import pool_size
 from flows.snapshot import checkout, git, snapshot, unpacked
 from flows.study.board import Board, board
 from flows.study.estimate import estimate
-from flows.study.keep import keep, record_of
+from flows.study.keep import keep
 from flows.study.orders import Orders
 from flows.study.pool import Pool
 from flows.study.writing import write_report
@@ -42,6 +43,7 @@ __all__ = ["cola_study"]
 
 CODE = ("cola_core", "tasks", "conf", "dvc.yaml")  # hand edits of params.yaml enter no study
 RETRIES, RETRY_SECONDS = 2, 10.0
+DYING = 3.0  # seconds in which a study that was killed lets go of its lock
 State = prefect.State[Any]
 Ended = tuple[Cell, Result | Exception]
 
@@ -65,7 +67,10 @@ def _attempt(file: Path, hours: float | None) -> State:
             design = read_design(root / file)
             tree = snapshot(root, False)
             version = hashlib.sha256(git(root, "ls-tree", tree, "--", *CODE)).hexdigest()[:16]
-            with unpacked(root, tree, *CODE) as code, scratch(cache_root(), "study") as looks:
+            lock = try_lock(home() / "studies" / f"{design.name}.lock", DYING)
+            if lock is None:
+                raise RetryError(f"{design.name}: this study is already going; wait for it")
+            with lock, unpacked(root, tree, *CODE) as code, scratch(cache_root(), "study") as looks:
                 (code / "params.yaml").write_text(defaults(code), encoding="utf-8")
                 return _Study(design, root, Orders(design, version, code, looks)).run(hours)
     except (UserError, RetryError) as error:
@@ -179,7 +184,6 @@ class _Study:
                 if attempt == RETRIES:
                     raise
                 time.sleep(RETRY_SECONDS)
-        result = keep(self.design, self.root / self.design.out, planned, answer, self.orders.version)
-        record_of(self.design, planned, result, started)
+        result = keep(self.design, self.root / self.design.out, planned, answer, self.orders.version, started)
         shutil.rmtree(folder, ignore_errors=True)
         return result

@@ -19,11 +19,13 @@ from flows.study.orders import Planned
 from flows.study.writing import experiment_of, identity
 from tasks.places import home
 
-__all__ = ["keep", "raise_if_failed", "record_of"]
+__all__ = ["keep", "raise_if_failed"]
 
 
-def keep(design: Design, folder: Path, planned: Planned, answer: Mapping[str, Any], version: str) -> Result:
-    """Write a cell's result, final from then on.
+def keep(
+    design: Design, folder: Path, planned: Planned, answer: Mapping[str, Any], version: str, started: float
+) -> Result:
+    """Leave a cell's record for MLflow, which may be left twice, and then its result, final from then on.
 
     Args:
         folder: of the study's results; answer: what the cell's process said; version: a hash of the code that ran.
@@ -45,8 +47,10 @@ def keep(design: Design, folder: Path, planned: Planned, answer: Mapping[str, An
         content["rows"] = name
         if not (path := folder / "rows" / f"{name}.json.gz").is_file():
             write_packed(path, rows)
+    result = Result(cell, content)
+    _record(design, planned, result, started)
     write_packed(result_file(folder, cell, planned.key), content)
-    return Result(cell, content)
+    return result
 
 
 def raise_if_failed(name: str, answer: Mapping[str, Any]) -> None:
@@ -60,7 +64,7 @@ def raise_if_failed(name: str, answer: Mapping[str, Any]) -> None:
         raise error(f"{name}: {answer['stage']}: {answer['error']}")
 
 
-def record_of(design: Design, planned: Planned, result: Result, started: float) -> Path:
+def _record(design: Design, planned: Planned, result: Result, started: float) -> None:
     """Leave the record that `cola sync` makes one MLflow run of."""
     raw, content = load_yaml(planned.params), result.content
     links = content.get("links", [])
@@ -86,6 +90,4 @@ def record_of(design: Design, planned: Planned, result: Result, started: float) 
         "outputs": {},
         "artifacts": [],
     }
-    path = home() / "records" / f"cell-{name}.json"
-    write_sealed(path, "record", record)
-    return path
+    write_sealed(home() / "records" / f"cell-{name}.json", "record", record)
