@@ -6,12 +6,15 @@ import atexit
 import gc
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cola_core.errors import RetryError, UserError, system_told
 from cola_core.secrets import guard
+
+if TYPE_CHECKING:
+    from cola_core.config.params import Params
 
 __all__ = ["app", "main"]
 
@@ -108,9 +111,9 @@ def serve(
 def promote(name: Registered = None) -> None:
     """Judge the challenger on the champion's test rows, once, and make it champion if it is shown to be better."""
     from flows.gate import judge_challenger, lines
-    from flows.snapshot import checkout
 
-    for line in lines(judge_challenger(checkout(), name)):
+    params = _params()
+    for line in lines(judge_challenger(params, name or params.registry.name)):
         print(line)
 
 
@@ -121,9 +124,8 @@ def rollback(
 ) -> None:
     """Make the champion before this one champion again."""
     from flows.gate import return_champion
-    from flows.snapshot import checkout
 
-    print(return_champion(checkout(), name, reason))
+    print(return_champion(name or _params().registry.name, reason))
 
 
 @cli.command()
@@ -210,6 +212,15 @@ def adopt(
 
     written = bring(checkout(), run, force)
     print(f"adopted {run}: {', '.join(str(path) for path in written)}, and the outs of dvc.lock")
+
+
+def _params() -> Params:
+    """params.yaml of the checkout, checked."""
+    from cola_core.config.params import check_params
+    from cola_core.config.reading import read_yaml
+    from flows.snapshot import checkout
+
+    return check_params(read_yaml(checkout() / "params.yaml"))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,49 +1,45 @@
-"""`cola promote` and `cola rollback`: the gate with the checkout's settings, told in lines."""
+"""`cola promote` and `cola rollback`: the gate in its store, told in lines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from cola_core.config.params import check_params
-from cola_core.config.reading import read_yaml
+from cola_core.config.params import Params
 from flows.child import quiet
 from tasks.gate import Judgement
 
 __all__ = ["judge_challenger", "lines", "return_champion"]
 
 
-def judge_challenger(root: Path, name: str | None) -> Judgement:
-    """Judge the challenger of `name`, by default of the checkout's `register.name`.
+def judge_challenger(params: Params, name: str) -> Judgement:
+    """Judge the challenger of `name` by the section `promote` of `params`.
 
     Raises:
         UserError: there is nothing to judge, or it must not be.
         RetryError: MLflow is out of reach.
     """
-    params = check_params(read_yaml(root / "params.yaml"))
     quiet()
     from tasks.gate import promote
     from tasks.store import locked, open_store
 
     with locked("gate"), open_store() as store:
-        return promote(store, name or params.registry.name, params.promote)
+        return promote(store, name, params.promote)
 
 
-def return_champion(root: Path, name: str | None, reason: str) -> str:
+def return_champion(name: str, reason: str) -> str:
     """Make the champion before this one champion again; returns the line that tells it.
 
     Raises:
         UserError: there is none.
         RetryError: MLflow is out of reach.
     """
-    registered = name or check_params(read_yaml(root / "params.yaml")).registry.name
     quiet()
     from tasks.gate import rollback
     from tasks.store import locked, open_store
 
     with locked("gate"), open_store() as store:
-        now, before = rollback(store, registered, reason)
-    return f"{registered}: version {now} is champion again, in place of {before}: {reason}"
+        now, before = rollback(store, name, reason)
+    return f"{name}: version {now} is champion again, in place of {before}: {reason}"
 
 
 def lines(judged: Judgement) -> Iterator[str]:

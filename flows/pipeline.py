@@ -12,6 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.states import Completed, Failed
 from pydantic import WithJsonSchema
 
+from cola_core.config.params import Params, check_params
 from cola_core.config.reading import load_yaml
 from cola_core.errors import RetryError, UserError, system_told
 from cola_core.secrets import mask
@@ -20,6 +21,7 @@ from flows.artifacts import show
 from flows.child import Dvc
 from flows.clean import trim
 from flows.compose import choices, compose
+from flows.gate import judge_challenger, lines
 from flows.graph import Stage, outline
 from flows.mend import mend
 from flows.posting import post
@@ -27,11 +29,13 @@ from flows.server import only_shown, reported, stoppable
 from flows.slots import pool_size, slot
 from flows.snapshot import checkout, runs, snapshot, unpacked
 from flows.workspace import Workspace, opened
+from tasks.gate import SettledError
 
 __all__ = ["cola_pipeline"]
 
 PROJECT = Path(__file__).resolve().parents[1]
 RETRY_SECONDS = 30.0
+STRINGS = WithJsonSchema({"type": "array", "items": {"type": "string"}})
 State = prefect.State[Any]
 
 
@@ -43,23 +47,16 @@ def _names(group: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "enum": choices(PROJECT, group)})
 
 
-MethodName = Annotated[str | None, _names("method")]
-TaskName = Annotated[str | None, _names("task")]
-ModelName = Annotated[str | None, _names("model")]
-ChainName = Annotated[str | None, _names("chain")]
-Seed = Annotated[int | None, WithJsonSchema({"type": "integer"})]
-Overrides = Annotated[list[str] | None, WithJsonSchema({"type": "array", "items": {"type": "string"}})]
-
-
 @prefect.flow(name="cola-pipeline")
 def cola_pipeline(
-    method: MethodName = None,
-    task: TaskName = None,
-    model: ModelName = None,
-    chain: ChainName = None,
-    seed: Seed = None,
-    overrides: Overrides = None,
+    method: Annotated[str | None, _names("method")] = None,
+    task: Annotated[str | None, _names("task")] = None,
+    model: Annotated[str | None, _names("model")] = None,
+    chain: Annotated[str | None, _names("chain")] = None,
+    seed: Annotated[int | None, WithJsonSchema({"type": "integer"})] = None,
+    overrides: Annotated[list[str] | None, STRINGS] = None,
     committed: bool = False,
+    promote: bool = False,
 ) -> State:
     """Fine-tune a model by a chain of low-rank adapters, then merge, evaluate and register it.
 
@@ -75,14 +72,15 @@ def cola_pipeline(
         seed: of every random stream.
         overrides: more settings as `key.key=value`, such as `link.learning_rate=1e-4`.
         committed: run the branch's last commit instead of the files as they stand, as schedules do.
+        promote: let the registered chain try for the champion's place afterwards, as `cola promote` does.
     """
     picks = {"method": method, "task": task, "model": model, "chain": chain}
     changes = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
     with stoppable():
-        return reported(_attempt(picks, changes, committed))
+        return reported(_attempt(picks, changes, committed, promote))
 
 
-def _attempt(picks: Mapping[str, str | None], changes: list[str], committed: bool) -> State:
+def _attempt(picks: Mapping[str, str | None], changes: list[str], committed: bool, promote: bool) -> State:
     """The run, whose mistakes and outages are its end and no crash."""
     try:
         with system_told():
@@ -92,7 +90,8 @@ def _attempt(picks: Mapping[str, str | None], changes: list[str], committed: boo
             tree = snapshot(root, committed)
             with unpacked(root, tree, "conf", "params.yaml") as folder:
                 text = compose(folder, picks, changes)
-            return _run(root, tree, text)
+            ended = _run(root, tree, text)
+            return _judged(check_params(load_yaml(text)), ended) if promote and ended.is_completed() else ended
     except (UserError, RetryError) as error:
         return Failed(message=str(error), data=error)
 
@@ -114,6 +113,28 @@ def _run(root: Path, tree: str, text: str) -> State:
         workspace.finish()
         trim(root)
         return Completed(message=f"bring the results to the checkout: cola adopt {workspace.run}")
+
+
+def _judged(params: Params, ran: State) -> State:
+    """The gate as one more task, with the run's own settings, whatever the checkout says meanwhile."""
+    judged: State = gate(params, return_state=True)
+    if judged.is_completed():
+        return ran
+    return Failed(message=judged.message, data=judged.result(raise_on_failure=False))
+
+
+@prefect.task(name="gate", task_run_name="gate", cache_policy=NO_CACHE)
+def gate(params: Params) -> State:
+    """Judge the challenger; after a night without changes there is nothing to decide, and that is no failure."""
+    try:
+        told = list(lines(judge_challenger(params, params.registry.name)))
+    except SettledError as error:
+        return Completed(name="Cached", message=str(error))
+    except (UserError, RetryError) as error:
+        return Failed(message=str(error), data=error)
+    for line in told:
+        get_run_logger().info(line)
+    return Completed(message=told[0])
 
 
 def _name(title: str) -> None:

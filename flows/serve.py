@@ -36,16 +36,15 @@ def serve(name: str, cron: str | None, every: float | None, gate: bool = False) 
     threads = parse(MachineConfig, params.get("machine"), "machine").threads
     from prefect.types.entrypoint import EntrypointType
 
-    from flows.nightly import cola_nightly
     from flows.pipeline import cola_pipeline
     from flows.server import back_again, check_server
 
     check_server()
     when: dict[str, Any] = {"interval": timedelta(seconds=every)} if every else {"cron": cron}
     start = partial(
-        (cola_nightly if gate else cola_pipeline).serve,
+        cola_pipeline.serve,
         name=name,
-        parameters={"committed": True},
+        parameters={"committed": True, **({"promote": True} if gate else {})},
         limit=pool_size(threads),
         entrypoint_type=EntrypointType.MODULE_PATH,
         **when,

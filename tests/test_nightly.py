@@ -29,6 +29,7 @@ def test_every_night_runs_the_pipeline_and_then_the_gate(run: Path, cache: str, 
     import httpx
 
     root, port = copy_of(run, tmp_path / "project"), free_port()
+    (root / "params.yaml").write_text("broken: by hand, and not committed")  # the gate too goes by what the run took
     server = prefect_server(tmp_path / "prefect", port)
     api = f"http://127.0.0.1:{port}/api"
     variables = {**environment(cache), "PREFECT_API_URL": api, "PREFECT_HOME": str(tmp_path / "prefect")}

@@ -14,8 +14,9 @@ from cola_core.config.base import Strict, parse
 from cola_core.config.reading import read_yaml
 from cola_core.errors import suggest
 
-__all__ = ["Cell", "Design", "Group", "read_design"]
+__all__ = ["PROBE_ROW", "Cell", "Design", "Group", "read_design"]
 
+PROBE_ROW = 1.5  # training rows that a probe's row costs: a backward pass with weight gradients beside one without
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Overrides = list[str]
 

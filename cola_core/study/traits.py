@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from cola_core.study.compare import block_of
-from cola_core.study.design import Design, Group
+from cola_core.study.design import PROBE_ROW, Design, Group
 from cola_core.study.results import Result
 from cola_core.study.sweep import choose
 
@@ -20,7 +20,6 @@ __all__ = ["Spending", "Usable", "agreement", "spending", "usable"]
 
 NEAR = 0.02  # nats of validation loss: rates within it of the best are usable
 EQUAL = 0.05  # share by which a budget may differ and still be called equal
-PASSES = 1.5
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def _parameters(result: Result) -> float:
 
 
 def _tokens(result: Result) -> float:
-    return float(sum(link["tokens"] + PASSES * link["probe_tokens"] for link in result.content["links"]))
+    return float(sum(link["tokens"] + PROBE_ROW * link["probe_tokens"] for link in result.content["links"]))
 
 
 def _seconds(result: Result) -> float:

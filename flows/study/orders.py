@@ -17,7 +17,7 @@ from cola_core.config.params import Params, check_params, knot_of
 from cola_core.config.reading import load_yaml
 from cola_core.errors import UserError
 from cola_core.files import new_file
-from cola_core.study.design import Cell, Design, Group
+from cola_core.study.design import PROBE_ROW, Cell, Design, Group
 from flows.compose import compose
 from flows.project import project
 from tasks.cell import StageOrder
@@ -25,7 +25,6 @@ from tasks.places import home
 
 __all__ = ["Orders", "Planned"]
 
-PASSES = 1.5  # of a probe's row beside a training row: a backward pass that has weight gradients, one that has none
 LAST = {"sweep": "link@{final}", "test": "evaluate"}  # a sweep never sees the test rows
 CHEAP = ["merge.checkpoint=false", "merge.flat_adapter=false", "merge.portable_adapter=false"]
 
@@ -126,7 +125,7 @@ def _probe_steps(params: Params) -> int:
     """Training steps that cost as much as the chain's probes."""
     knots = {key: knot_of(params, key) for key, item in params.chain.items() if item.profile_from == key}
     probes = [knot for knot in knots.values() if knot.profile.probe != "none"]
-    return sum(round(PASSES * params.prepare.probe / knot.link.batch) for knot in probes)
+    return sum(round(PROBE_ROW * params.prepare.probe / knot.link.batch) for knot in probes)
 
 
 def _orders(folder: Path, last: str) -> Iterator[StageOrder]:

@@ -15,6 +15,7 @@ __all__ = ["accuracy", "along", "loss"]
 
 
 def accuracy(findings: Findings) -> Iterator[Block]:
+    """Test accuracy by recipe and task, the difference from the baseline, and the forest plot."""
     design, level = findings.design, findings.design.tests.level
     found = scores(design, findings.results, "accuracy", headline=False)
     against = {each.recipe: each for each in findings.comparisons("accuracy")}
@@ -63,6 +64,7 @@ def _against(found: Comparison | None, findings: Findings, rising: bool = True) 
 
 
 def loss(findings: Findings) -> Iterator[Block]:
+    """Test loss and calibration error, each beside the baseline's."""
     design = findings.design
     yield Heading("Test loss and calibration")
     yield Text(

@@ -14,6 +14,7 @@ __all__ = ["set_up", "sight"]
 
 
 def set_up(findings: Findings) -> Iterator[Block]:
+    """How cells were trained and scored; models, tasks and recipes."""
     design = findings.design
     yield Heading("Set-up")
     swept, fresh = len(design.sweep.seeds), len(design.seeds)
