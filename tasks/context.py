@@ -40,9 +40,9 @@ class Context:
     stage: str
     key: str | None
     raw: dict[str, Any]
-    watched: bool = True
     record_id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     used: dict[str, Any] = field(default_factory=dict)
+    watched: bool = True
 
     def value(self, name: str) -> Any:
         """A top-level value such as `seed`.

@@ -66,7 +66,7 @@ def split(train: Sequence[Example], test: Sequence[Example] | None, config: Prep
         UserError: not enough rows, or duplicates under `duplicates: refuse`.
     """
     held, train = _held_out(train, config)
-    shown, rest = _test_rows(train, test, config, seed) if test or not held else ([], train)
+    shown, rest = _test_rows(train, test, config, seed) if test or config.held_out is None else ([], train)
     shown = [*shown, *held]
     kept, duplicates = _without_duplicates(rest, [*(test or []), *shown], config)
     chosen = _permuted(kept, seed, "split")
@@ -106,6 +106,11 @@ def _held_out(train: Sequence[Example], config: PrepareConfig) -> tuple[list[Exa
     for group, example in zip(kin, train, strict=True):
         inside = first <= ends[group] - sizes[group] and ends[group] <= last
         parts[not inside].append(example)
+    if not parts[0]:
+        raise UserError(
+            f"params.yaml: prepare.held_out: no whole group of prepare.group lies within rows {first} to {last}; "
+            "ask for more rows"
+        )
     return parts
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from cola_core.config.report import PromoteConfig
-from cola_core.evaluation.metrics import BINS
+from cola_core.evaluation.metrics import calibration_gaps
 from cola_core.seeds import derive
 
 __all__ = ["Decision", "Scored", "judge"]
@@ -142,10 +142,8 @@ def _mean(values: Floats) -> Statistic:
 
 
 def _calibration(scored: Scored) -> Statistic:
-    """Expected calibration error, as `metrics.calibration_error`."""
-    sure = np.asarray(scored.confidence)
-    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
-    gaps = (scored.correct - sure)[:, None] * (bins[:, None] == np.arange(BINS))
+    """`metrics.calibration_error` of resampled rows."""
+    gaps = calibration_gaps(scored.correct, scored.confidence)
     return lambda rows: np.abs(gaps[rows].sum(axis=-2)).sum(axis=-1) / rows.shape[-1]
 
 

@@ -13,7 +13,7 @@ from scipy.stats import bootstrap
 from cola_core.config.report import EvaluateConfig
 from cola_core.seeds import derive
 
-__all__ = ["calibration_error", "confusion", "majority", "summary"]
+__all__ = ["calibration_error", "calibration_gaps", "confusion", "majority", "summary"]
 
 BINS = 15
 
@@ -60,10 +60,14 @@ def calibration_error(correct: Sequence[bool], confidence: Sequence[float]) -> f
 
     Guo et al., arXiv 1706.04599, equation 3.
     """
+    return float(np.abs(calibration_gaps(correct, confidence).sum(axis=0)).sum() / len(confidence))
+
+
+def calibration_gaps(correct: Sequence[bool] | NDArray[np.float64], confidence: Sequence[float]) -> NDArray[np.float64]:
+    """1 or 0 for right or wrong, minus the confidence, of every row in the column of its bin: [rows, 15]."""
     right, sure = np.asarray(correct, dtype=float), np.asarray(confidence)
     bins = np.minimum((sure * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, right - sure, BINS)
-    return float(np.abs(gaps).sum() / len(sure))
+    return np.where(bins[:, None] == np.arange(BINS), (right - sure)[:, None], 0.0)
 
 
 def confusion(predicted: Sequence[str], gold: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
