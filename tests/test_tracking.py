@@ -158,6 +158,8 @@ def test_what_is_left_to_do_is_told_without_mlflow(checkout: Path, empty_databas
     assert sync() == 1 and not unsynced()
     with live_log.Live(Context(stage="link@1", key="1", raw=RAW)) as live:
         live.step(1, {"loss": 1.0})
+        while not any(marker.read_text() for marker in (home() / "live").glob("*.json")):  # locked before it is written
+            time.sleep(0.01)
         assert not unsynced(), "it is alive"
     assert unsynced() and sync() == 0 and not unsynced()
     shutil.copy(empty_database, checkout / "another.db")
