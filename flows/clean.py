@@ -10,6 +10,7 @@ from pathlib import Path
 from cola_core.locks import try_lock
 from flows.mend import sweep_all
 from flows.snapshot import git, runs
+from flows.study.disk import tidy
 from tasks.pending import unposted_files
 
 __all__ = ["clean", "trim"]
@@ -22,7 +23,7 @@ def clean(root: Path, everything: bool = False) -> list[Path]:
     """Remove what no run needs any more; returns what was removed.
 
     A finished workspace goes at once: its outs are in DVC's cache, and the same run restores them. An interrupted one,
-    and the resume state of its links, stay for a week so that the same run goes on from there.
+    the resume state of its links, and the shared stages of a study stay for a week so that the same run goes on there.
 
     Args:
         everything: interrupted runs too, whatever their age; what works at this moment always stays.
@@ -30,6 +31,7 @@ def clean(root: Path, everything: bool = False) -> list[Path]:
     folder = runs(root)
     limit = time.time() - (0.0 if everything else WEEK)
     gone = [*_workspaces(folder, limit), *_resume(folder.parent / "resume", limit), *sweep_all(root)]
+    gone += tidy(folder.parent / "studies", limit)
     git(root, "worktree", "prune")
     return gone
 

@@ -49,11 +49,15 @@ def start_study(file: Path, hours: float | None) -> None:
         UserError, RetryError: a mistake in the study's file, or what stopped a cell.
     """
     read_design(file)
+    root = checkout()
+    if not file.resolve().is_relative_to(root):
+        raise UserError(f"{file}: outside the checkout {root}, whose code it would run; copy it there")
+    inside = file.resolve().relative_to(root)
 
     def study() -> State[Any]:
         from flows.study.flow import cola_study
 
-        return cola_study(str(file.resolve().relative_to(checkout())), hours, return_state=True)
+        return cola_study(str(inside), hours, return_state=True)
 
     _to_the_end(study)
 
@@ -71,9 +75,9 @@ def register_winners(file: Path) -> None:
     design = read_design(file)
     best = list(winners(design, counted(design, read_results(checkout() / design.out))))
     if not best:
-        raise UserError(f"{design.out}: no cell was scored on test rows yet; run the study first")
+        raise UserError(f"{design.out}: no recipe has all its seeds yet; run the study first")
     for result in best:
-        print(f"{result.cell.name}: the lowest validation loss on {result.cell.group.task}", flush=True)
+        print(f"{result.cell.name}: of the recipe with the lowest validation loss", flush=True)
         start({}, None, overrides_of(result), committed=False)
 
 

@@ -27,7 +27,7 @@ from cola_core.locks import alone
 from cola_core.secrets import guard, mask
 from tasks.context import open_context
 from tasks.follow import end_with_parent
-from tasks.harvest import harvest
+from tasks.harvest import harvest, leave_record
 from tasks.places import home
 from tasks.records import identity, machine
 from tasks.resume import ROOT, forget_finished
@@ -52,11 +52,11 @@ class StageOrder:
 
 
 def main() -> None:
-    """Answer `{"folder": ..., "stages": [...]}` with `{"result": ...}` or `{"error": line, "stage": ..., "code": ...}`.
+    """Answer `{"folder": ..., "stages": [...], "record": ...}` with `{"result": ...}` or `{"error": ..., ...}`.
 
     The result is what `tasks.harvest` takes of a cell that has trained, and what each stage took; of one whose
     training failed, why. The folder holds the cell's params.yaml, and its outs until whoever ordered it removes it.
-    Code 2 is a mistake, 75 may succeed later, 1 is a crash.
+    An error has its line, its stage and a code: 2 is a mistake, 75 may succeed later, 1 is a crash.
     """
     guard()
     prepare_process()
@@ -64,14 +64,15 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         for line in sys.stdin:
             order = json.loads(line)
-            answer = _answer(Path(order["folder"]), [StageOrder(**stage) for stage in order["stages"]])
+            stages = [StageOrder(**stage) for stage in order["stages"]]
+            answer = _answer(Path(order["folder"]), stages, order["record"])
             print(json.dumps(answer), file=answers, flush=True)
 
 
-def _answer(folder: Path, stages: list[StageOrder]) -> dict[str, Any]:
+def _answer(folder: Path, stages: list[StageOrder], noted: Mapping[str, Any]) -> dict[str, Any]:
     os.chdir(folder)
     with _log(folder / "log.txt"):
-        spent, stage = dict[str, Any](), "harvest"
+        spent, stage, started = dict[str, Any](), "harvest", time.time()
         try:
             raw = read_yaml(Path("params.yaml"))
             importlib.import_module("torch").set_num_threads(raw["machine"]["threads"])
@@ -80,9 +81,9 @@ def _answer(folder: Path, stages: list[StageOrder]) -> dict[str, Any]:
                 spent[stage] = _bring(order, raw)
             forget_finished()
             trained = any(name.startswith("link@") for name in spent)
-            return {"result": {**(harvest(raw) if trained else {}), "spent": spent, "machine": machine()}}
+            found = harvest(raw) if trained else {}
         except TrainingError as error:
-            return {"result": {"failed": str(error), "spent": spent, "machine": machine()}}
+            found, trained = {"failed": str(error)}, True
         except (UserError, RetryError) as error:
             return _told(stage, error, error.exit_code)
         except Exception as error:
@@ -90,6 +91,9 @@ def _answer(folder: Path, stages: list[StageOrder]) -> dict[str, Any]:
             return _told(stage, refused or error, refused.exit_code if refused else 1)
         finally:
             gc.collect()
+        if trained:
+            leave_record(noted, raw, found, started)
+        return {"result": {**found, "spent": spent, "machine": machine()}}
 
 
 def _told(stage: str, error: Exception, code: int) -> dict[str, Any]:
@@ -112,6 +116,7 @@ def _bring(order: StageOrder, raw: Mapping[str, Any]) -> dict[str, float]:
             with new_dir(place) as folder:
                 write_json(folder / "spent.json", spent)
                 _keep(order, folder)
+    os.utime(place)  # its age is counted from its last use
     for out in order.outs:
         _point(Path(out), place / out)
     return dict(read_json(place / "spent.json"))

@@ -10,11 +10,14 @@ from typing import Any
 from cola_core.checksums import check_files
 from cola_core.files import read_json, tree_hash
 from cola_core.sealed import read_sealed
+from tasks.context import Context, Done
 from tasks.places import ARTIFACTS, link_dir
+from tasks.records import record
 
-__all__ = ["harvest"]
+__all__ = ["harvest", "leave_record"]
 
 TOLD = ("kept", "kept_step", "steps", "tokens", "probe_tokens", "trainable_parameters", "validation_loss")
+SECTIONS = ("machine", "targets", "schedule", "profile", "allocate", "link", "prepare", "chain")
 DIGITS = 5
 
 
@@ -29,6 +32,24 @@ def harvest(raw: Mapping[str, Any]) -> dict[str, Any]:
     links = [_link(key, raw["chain"][key]["profile_from"]) for key in sorted(raw["chain"], key=int)]
     scored = _scored(raw["final"]) if (ARTIFACTS / "evaluate").is_dir() else {}
     return {"validation_loss": links[-1]["validation_loss"], "links": links, **scored}
+
+
+def leave_record(noted: Mapping[str, Any], raw: Mapping[str, Any], found: Mapping[str, Any], started: float) -> None:
+    """Leave the record that `cola sync` makes one MLflow run of; left twice, it is the same run.
+
+    Args:
+        noted: id, name, experiment and more parameters; found: what `harvest` returned, or why training failed.
+    """
+    used = {**noted["used"], **{name: raw[name] for name in SECTIONS}}
+    named = {**raw, "register": {"name": noted["experiment"]}}
+    context = Context(noted["name"], None, named, record_id=noted["id"], used=used)
+    if "failed" in found:
+        record(context, Done(), started, "FAILED")
+        return
+    losses = [[step, loss] for step, loss in enumerate((x for link in found["links"] for x in link["losses"]), start=1)]
+    numbers = {"validation_loss": found["validation_loss"], **found.get("metrics", {})}
+    metrics = {name: float(value) for name, value in numbers.items()}
+    record(context, Done(metrics, inputs=[link_dir(raw["final"])], series={"loss": losses}), started)
 
 
 def _link(key: str, profile_from: str) -> dict[str, Any]:

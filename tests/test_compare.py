@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from cola_core.study.compare import compare, detectable, estimate, scores
+from cola_core.study.compare import compare, detectable, estimate, over_rows, scores
 from cola_core.study.design import Cell, Group
 from cola_core.study.results import Result
 from cola_core.study.sweep import curves
@@ -95,6 +95,41 @@ def test_a_cell_whose_training_failed_counts_as_the_base_model() -> None:
     assert gora.difference.mean < 0
 
 
+def test_blocks_that_all_differ_alike_tell_nothing_to_a_t_test() -> None:
+    made = design(seeds=[0, 1])
+    alike = {"lora": {("m", "t", 0): 0.5, ("m", "t", 1): 0.6}, "gora": {("m", "t", 0): 0.75, ("m", "t", 1): 0.85}}
+    (gora,) = compare(made.tests, {name: dict(scores) for name, scores in alike.items()}, ["gora"])
+    assert gora.verdict(made.tests) == "cannot tell"
+
+
+def test_absence_is_told_of_all_recipes_at_once_or_not() -> None:
+    made = design(tasks=TWO)
+    found = scores(made, results(made, {}, noise=0.007), "accuracy")
+    alone, (one, two) = compare(made.tests, found, ["gora"])[0], compare(made.tests, found, ["gora", "wide"])
+    assert alone.wide == alone.difference == one.difference
+    assert one.wide.low < one.difference.low and one.wide.high > one.difference.high
+    assert two.wide.n == 10
+
+
+def test_model_against_model_is_scipys_paired_bootstrap_over_rows() -> None:
+    rng = np.random.default_rng(1)
+    cells = [Cell("test", Group("tiny", "one", recipe), 1e-3, 0) for recipe in ("lora", "gora")]
+    bits = [rng.random(300) < share for share in (0.7, 0.8)]
+    old, new = (
+        Result(cell, {"predictions": {"correct": "".join(str(int(b)) for b in right)}})
+        for cell, right in zip(cells, bits, strict=True)
+    )
+    told = over_rows([new], [old], 0.05)
+    plain = bits[1].astype(float) - bits[0]
+    assert told.mean == pytest.approx(plain.mean())
+    spread = plain.std() / np.sqrt(300)
+    assert (told.low, told.high) == pytest.approx(
+        (plain.mean() - 1.96 * spread, plain.mean() + 1.96 * spread), abs=0.01
+    )
+    same = over_rows([new, new], [old, old], 0.05)
+    assert same == told, "the same models twice are no more rows"
+
+
 def test_one_value_has_no_interval_and_equal_ones_none_either() -> None:
     assert estimate([0.5], 0.05).low == 0.5
     assert estimate([0.5, 0.5], 0.05).high == 0.5
@@ -120,6 +155,9 @@ def test_usable_rates_are_those_near_the_best() -> None:
     assert told is not None
     assert (told.rate, told.decades, told.edge) == (1e-3, pytest.approx(2.0), False)
     assert told.default == pytest.approx(0.0)
+    assert told.open, "1e-4 is usable, and nothing below it was tried"
+    inside = usable(made, group, {1e-5: 0.9, **curves(made, flat)[group]})
+    assert inside is not None and not inside.open
     assert usable(made, group, {1e-4: 0.5}) is None, "the sweep has not ended"
 
 

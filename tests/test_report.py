@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -82,6 +83,40 @@ def test_before_any_cell_was_scored_there_is_a_report_of_the_sweep() -> None:
     told = [block.text for block in report(Findings(made, swept, {}), "") if isinstance(block, Heading)]
     assert "Learning rates" in told
     assert "Test accuracy" not in told
+
+
+def test_several_models_stand_side_by_side_even_where_their_modules_differ() -> None:
+    made = design(models={"tiny": {"set": []}, "small": {"set": []}}, tasks={"one": {"set": []}})
+    found = results(made, {"gora": 0.02})
+    for one in found:
+        if one.cell.group.model == "small":
+            for link in one.content["links"]:
+                link["ranks"] = {f"other.{name}": rank for name, rank in link["ranks"].items()}
+    told = list(report(Findings(made, found, {}), ""))
+    (table,) = (b for b in told if isinstance(b, Table) and "mean" in b.head)
+    assert table.head[1:3] == ["tiny one", "small one"]
+    assert any(isinstance(block, Drawing) and block.name == "ranks" for block in told)
+    assert "10 blocks" in next(b.text for b in told if isinstance(b, Text) and "smallest detectable" in b.text)
+
+
+def test_what_makes_a_row_no_equal_one_is_told_beside_it() -> None:
+    made = design(
+        tasks={"one": {"set": []}, "two": {"set": []}},
+        recipes={
+            "lora": {"set": []},
+            "part": {"set": [], "tasks": ["one"]},
+            "low": {"set": [], "learning_rates": [1.0]},
+        },
+        sweep={"learning_rates": [1e-4, 1e-3, 1e-2], "seeds": [100], "extend": 0},
+    )
+    found = results(made, {})
+    found[0] = replace(found[0], content={**found[0].content, "code": "another"})
+    told = list(report(Findings(made, found, {}), ""))
+    (table,) = (b for b in told if isinstance(b, Table) and "mean" in b.head)
+    rows = {row[0].split()[0]: row for row in table.rows}
+    assert rows["part"][table.head.index("mean")] == "", "a mean over other tasks is no equal of the others"
+    assert rows["low"][0] == "low (rate at the end of all tried: one two)"
+    assert any("1 by code another" in block.text for block in told if isinstance(block, Text))
 
 
 def test_results_come_back_as_they_were_and_a_damaged_one_is_named(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import yaml
 from servers import end, free_port, prefect_server, until
 
 from cola_core.files import tree_hash
+from cola_core.locks import try_lock
 from cola_core.study.design import read_design
 from cola_core.study.results import Result, read_results
 from cola_core.study.sweep import choose, curves, wanted
@@ -56,11 +57,11 @@ STUDY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write(root: Path, **changes: Any) -> Path:
+def write(root: Path, pinned: bool = True, **changes: Any) -> None:
     path = root / "studies" / "tiny.yaml"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
-    return path
+    pins = [f"fetch.data.train.sha256={tree_hash(root / 'train.jsonl')}"] if pinned else []
+    path.write_text(yaml.safe_dump({**STUDY, "set": [*STUDY["set"], *pins], **changes}, sort_keys=False))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def studied(place: tuple[Path, dict[str, str]]) -> tuple[Path, dict[str, str], s
 
 
 def results(root: Path, out: str = "results") -> dict[str, Result]:
-    return {f"{r.cell.phase} {r.cell.name}": r for r in read_results(root / out)}
+    return {r.cell.name: r for r in read_results(root / out)}
 
 
 def test_every_cell_has_a_result_and_the_rate_of_each_group_is_the_sweeps_best(studied: Any) -> None:
@@ -138,11 +139,12 @@ def test_what_cells_share_is_made_once(studied: Any) -> None:
     assert made.count("prepare") == 3, "one for the sweep's seed, one for each fresh one"
     assert made.count("evaluate_base") == 2
     assert not list((root / ".cola/studies/tiny").iterdir()), "a finished cell leaves nothing but its result"
+    assert re.search(r"disk: results 0\.\d MiB; what cells share \d+ MiB in", studied[2])
 
 
 def test_the_command_of_a_cell_gives_the_same_adapters_under_dvc(studied: Any) -> None:
     root, variables, _ = studied
-    for wanted_name in ("test tiny-topics-cola_gora", "test tiny-topics-lora"):
+    for wanted_name in ("test-tiny-topics-cola_gora", "sweep-tiny-topics-lora"):
         result = next(r for name, r in results(root).items() if name.startswith(wanted_name))
         copy = root.parent / wanted_name.rpartition("-")[2]
         subprocess.run(["git", "clone", "-q", str(root), str(copy)], check=True)
@@ -159,6 +161,7 @@ def test_the_command_of_a_cell_gives_the_same_adapters_under_dvc(studied: Any) -
             folder = copy / "artifacts/links" / str(number) / "adapter"
             assert tree_hash(folder / "adapter_model.safetensors") == link["adapter"]
             assert tree_hash(folder / "link.json") == link["chain"]
+        assert (copy / "artifacts/evaluate").exists() == wanted_name.startswith("test"), "a sweep sees no test row"
 
 
 def test_every_cell_is_one_mlflow_run_and_the_report_leads_there(studied: Any) -> None:
@@ -237,6 +240,25 @@ def test_killed_at_any_instant_it_goes_on_and_ends_with_the_same_results(studied
         assert mine == theirs, name
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_no_cell_and_leaves_no_process(studied: Any, stop: signal.Signals) -> None:
+    root, variables, _ = studied
+    write(root, out="stopped", budget={"steps": 1_000_000})
+    command = [sys.executable, "-m", "flows.cli", "study", "studies/tiny.yaml"]
+    with (root / "stopped.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=root, env=variables, stdout=log, stderr=log, start_new_session=True)
+        try:
+            until(lambda: list((root / ".cola/resume").rglob("*.safetensors")), 200)  # a link trains
+            process.send_signal(stop)
+            assert process.wait(100) == 128 + stop
+        finally:
+            process.kill()
+            write(root)
+    assert "stopped; the same command goes on from here" in (root / "stopped.log").read_text()
+    assert not _workers(root) and not (root / "stopped/cells").exists()
+    shutil.rmtree(root / ".cola/resume")
+
+
 def _workers(root: Path) -> list[str]:
     """Processes of cells that outlive the study that started them."""
     found = subprocess.run(["pgrep", "-af", "tasks.cell"], capture_output=True, text=True, check=False).stdout
@@ -258,6 +280,7 @@ def _workers(root: Path) -> list[str]:
         ({"recipes": {"lora": {"set": ["method=lorra"]}}}, "conf/method has no 'lorra'; did you mean 'lora'"),
         ({"seeds": [100]}, "seeds: 100 is a seed of the sweep; test scores need fresh ones"),
         ({"tests": {"baseline": "lorra"}}, "tests.baseline: 'lorra'; did you mean 'lora'"),
+        ({"pinned": False}, "fetch.data.train.sha256: missing; a study pins its files, path:train.jsonl too"),
         ({"budgett": 1}, "budgett: unknown key; did you mean 'budget'"),
     ],
 )
@@ -278,6 +301,18 @@ def test_a_report_alone_needs_no_server(studied: Any) -> None:
     done = cola(root, alone, "study", "studies/tiny.yaml", "--report")
     assert done.returncode == 0, done.stderr
     assert (root / "results/index.html").is_file()
+
+
+def test_clean_removes_what_cells_share_once_it_is_old_and_no_study_runs(studied: Any) -> None:
+    root, variables, _ = studied
+    folder = root / ".cola/studies"
+    old = next(path for path in (folder / "shared").iterdir() if path.is_dir())
+    before = {path for path in folder.glob("*/*") if path != old}
+    os.utime(old, (0, 0))
+    with try_lock(folder / "tiny.lock") or pytest.fail("no study runs"):
+        assert cola(root, variables, "clean").returncode == 0 and old.is_dir()
+    assert f"removed {old}" in cola(root, variables, "clean").stdout
+    assert set(folder.glob("*/*")) == before
 
 
 def test_the_best_chain_of_a_task_is_registered_with_the_adapters_of_its_cell(studied: Any) -> None:

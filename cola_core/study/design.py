@@ -8,7 +8,7 @@ from itertools import product, starmap
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cola_core.config.base import Strict, parse
 from cola_core.config.reading import read_yaml
@@ -43,22 +43,40 @@ class Cell:
     def name(self) -> str:
         """What it is called in lists and as a file."""
         group = self.group
-        return f"{group.model}-{group.task}-{group.recipe}-lr{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.phase}-{group.model}-{group.task}-{group.recipe}-lr{self.learning_rate!r}-seed{self.seed}"
+
+
+def _rising(rates: list[float]) -> list[float]:
+    if sorted(set(rates)) != rates:
+        raise ValueError("in rising order, each once")
+    return rates
+
+
+Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), AfterValidator(_rising)]
 
 
 class Arm(Strict):
-    """One value of an axis.
-
-    set: Hydra overrides, as after `dvc exp run -S`; note: what the report says of it; headline: whether a task counts
-    in the mean over tasks; control: whether a recipe stands beside the comparison instead of in it;
-    learning_rates: of a recipe, where the study's own are out of its range; tasks: where a recipe runs, null = on all.
-    """
+    """One model; set: Hydra overrides, as after `dvc exp run -S`; note: what the report says of it."""
 
     set: Overrides
     note: str = ""
+
+
+class TaskArm(Arm):
+    """One task; headline: whether it counts in the mean over tasks."""
+
     headline: bool = True
+
+
+class RecipeArm(Arm):
+    """One recipe.
+
+    control: whether it stands beside the comparison instead of in it; learning_rates: where the study's own are out of
+    its range; tasks: where it runs, null = on all.
+    """
+
     control: bool = False
-    learning_rates: list[float] | None = None
+    learning_rates: Rates | None = None
     tasks: list[str] | None = None
 
 
@@ -70,19 +88,12 @@ class Sweep(Strict):
     by: grid; optuna = `trials` rates by Optuna's TPE between the two ends of the grid.
     """
 
-    learning_rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    learning_rates: Rates
     seeds: list[int] = Field(min_length=1)
     extend: int = Field(default=4, ge=0)
     default: float | None = None
     by: Literal["grid", "optuna"] = "grid"
     trials: int = Field(default=8, ge=2)
-
-    @field_validator("learning_rates")
-    @classmethod
-    def _rise(cls, value: list[float]) -> list[float]:
-        if sorted(set(value)) != value:
-            raise ValueError("in rising order, each once")
-        return value
 
 
 class Budget(Strict):
@@ -124,8 +135,8 @@ class Design(Strict):
     out: str
     set: Overrides
     models: dict[Name, Arm] = Field(min_length=1)
-    tasks: dict[Name, Arm] = Field(min_length=1)
-    recipes: dict[Name, Arm] = Field(min_length=1)
+    tasks: dict[Name, TaskArm] = Field(min_length=1)
+    recipes: dict[Name, RecipeArm] = Field(min_length=1)
     sweep: Sweep
     seeds: list[int] = Field(min_length=1)
     budget: Budget

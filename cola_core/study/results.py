@@ -21,6 +21,7 @@ from cola_core.study.design import Cell, Group
 __all__ = ["Result", "read_packed", "read_results", "result_file", "write_packed"]
 
 FORMAT = 1
+SHARED = {"fetch", "prepare", "head", "evaluate_base", "profile@1", "allocate@1"}  # no link comes before them
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Result:
         """Of the processor, for all that was done link by link: probes, allocations, training."""
         return float(sum(spent["cpu"] for stage, spent in self.content["spent"].items() if "@" in stage))
 
+    @property
+    def seconds(self) -> float:
+        """By the clock, for what was this cell's own."""
+        return float(sum(spent["seconds"] for stage, spent in self.content["spent"].items() if stage not in SHARED))
+
     @cached_property
     def correct(self) -> NDArray[np.float64]:
         """1 for every test row answered rightly, in the order of the test rows."""
@@ -59,7 +65,7 @@ class Result:
 
 def result_file(folder: Path, cell: Cell, key: str) -> Path:
     """Where a cell's result stands; `key` tells its parameters from others under the same name."""
-    return folder / "cells" / f"{cell.phase}-{cell.name}-{key[:8]}.json.gz"
+    return folder / "cells" / f"{cell.name}-{key[:8]}.json.gz"
 
 
 def read_results(folder: Path) -> Iterator[Result]:

@@ -26,13 +26,14 @@ EQUAL = 0.05  # share by which a budget may differ and still be called equal
 class Usable:
     """A group's learning rates: the chosen one, how wide around it they are usable, what an untuned one costs.
 
-    decades: log10 of the widest ratio of neighbouring rates within NEAR of the best loss; default: loss at the untuned
-    rate above the best, infinite where training failed, None where it was not tried; edge: whether the best stands at
-    the end of all that was tried.
+    decades: log10 of the widest ratio of neighbouring rates within NEAR of the best loss; open: whether that range ends
+    where the trials do, so that it may be wider; default: loss at the untuned rate above the best, infinite where
+    training failed, None where it was not tried; edge: whether the best itself stands at the end of all trials.
     """
 
     rate: float
     decades: float
+    open: bool
     default: float | None
     edge: bool
 
@@ -50,7 +51,8 @@ def usable(design: Design, group: Group, curve: Mapping[float, float]) -> Usable
         high += 1
     untuned = curve.get(design.sweep.default) if design.sweep.default else None
     over = None if untuned is None else untuned - best
-    return Usable(choice.rate, math.log10(rates[high] / rates[low]), over, choice.edge)
+    decades, ends = math.log10(rates[high] / rates[low]), low == 0 or high == len(rates) - 1
+    return Usable(choice.rate, decades, ends, over, choice.edge)
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,22 @@ def spending(design: Design, results: Iterable[Result]) -> dict[str, Spending]:
 
 def _spent(cells: Sequence[Result], base: Mapping[tuple[str, str, int], Result]) -> Spending:
     shares = {
-        name: fmean(count(r) / max(1.0, count(base[block_of(r)])) for r in cells) if cells else 1.0
+        name: [count(r) / max(1.0, count(base[block_of(r)])) for r in cells]
         for name, count in (("parameters", _parameters), ("tokens", _tokens))
     }
-    unequal = tuple(f"{share:.2f} x {name}" for name, share in shares.items() if abs(share - 1) > EQUAL)
+    unequal = tuple(
+        f"{_range(found)} x {name}" for name, found in shares.items() if any(abs(share - 1) > EQUAL for share in found)
+    )
     parameters, tokens, seconds, points = (
         fmean(count(r) for r in cells) if cells else math.nan for count in (_parameters, _tokens, _seconds, _gained)
     )
     return Spending(parameters, tokens, seconds, points, unequal)
+
+
+def _range(shares: Sequence[float]) -> str:
+    """One number, or two where blocks differ."""
+    ends = f"{min(shares):.2f}", f"{max(shares):.2f}"
+    return ends[0] if ends[0] == ends[1] else "-".join(ends)
 
 
 def _parameters(result: Result) -> float:

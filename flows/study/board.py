@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from cola_core.study.design import Cell, Design
+from cola_core.study.design import Cell, Design, Group
 from cola_core.study.results import Result
 from cola_core.study.sweep import choose, curves
 
@@ -40,21 +41,35 @@ class Board:
             accuracy = result.metrics.get("accuracy")
             told = f"validation {result.validation_loss:.4f}" + (f"  accuracy {accuracy:.4f}" if accuracy else "")
         done, total = self.count()
-        return f"{done}/{total}  {result.cell.phase} {result.cell.name}  {told}  {took:.0f} s{self._left()}"
+        return f"{done}/{total}  {result.cell.name}  {told}  {took:.0f} s{self._left()}"
 
     def count(self) -> tuple[int, int]:
         """Cells that have ended, and all there will be as far as is known now."""
-        design, found = self.design, curves(self.design, self.results)
-        total = len(list(design.groups())) * len(design.seeds)
-        for group, curve in found.items():
+        return len(self.results), len(self.results) + self._missing().total()
+
+    def _missing(self) -> Counter[Group]:
+        """Cells of every group that have no result, as far as is known now."""
+        design = self.design
+        done = Counter((r.cell.group, r.cell.phase) for r in self.results)
+        missing: Counter[Group] = Counter()
+        for group, curve in curves(design, self.results).items():
             choice = choose(design.sweep, design.rates(group.recipe), curve)
-            total += (len(curve) + len(choice.missing)) * len(design.sweep.seeds)
-        return len(self.results), total
+            swept = (len(curve) + len(choice.missing)) * len(design.sweep.seeds)
+            missing[group] = swept - done[group, "sweep"] + len(design.seeds) - done[group, "test"]
+        return missing
 
     def _left(self) -> str:
-        seconds = [sum(s["seconds"] for s in r.content["spent"].values()) for r in self.results]
-        done, total = self.count()
-        return f"  about {fmean(seconds) * (total - done) / self.size / 3600:.1f} h left" if seconds else ""
+        """Each missing cell as long as those of its model and task so far, or as any cell where there is none."""
+        took: dict[tuple[str, str], list[float]] = {}
+        for result in self.results:
+            took.setdefault((result.cell.group.model, result.cell.group.task), []).append(result.seconds)
+        if not took:
+            return ""
+        usual = fmean(seconds for each in took.values() for seconds in each)
+        ahead = sum(
+            count * fmean(took.get((group.model, group.task), [usual])) for group, count in self._missing().items()
+        )
+        return f"  about {ahead / self.size / 3600:.1f} h left"
 
     def table(self) -> Table:
         """Recipes by tasks: mean accuracy of test cells so far, or how far the sweep is."""

@@ -4,7 +4,8 @@
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -13,7 +14,7 @@ from queue import Queue
 from typing import Any
 
 import prefect
-from prefect import Task, get_run_logger
+from prefect import Task, get_run_logger, runtime
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
@@ -32,6 +33,7 @@ from flows.server import reported, stoppable
 from flows.slots import pool_size
 from flows.snapshot import checkout, git, snapshot, unpacked
 from flows.study.board import Board, board
+from flows.study.disk import used
 from flows.study.estimate import estimate
 from flows.study.keep import keep
 from flows.study.orders import Orders
@@ -77,6 +79,16 @@ def _attempt(file: Path, hours: float | None) -> State:
         return Failed(message=str(error), data=error)
 
 
+@contextmanager
+def _closed_early(pool: Pool) -> Iterator[None]:
+    """End what the pool runs where a stop ends the block, instead of waiting for it."""
+    try:
+        yield
+    except BaseException:
+        pool.close()
+        raise
+
+
 @dataclass
 class _Study:
     design: Design
@@ -97,6 +109,11 @@ class _Study:
         page = write_report(self.design, self.root) if results else None
         if trouble is not None:
             return Failed(message=str(trouble), data=trouble)
+        shared = home() / "studies"
+        get_run_logger().info(
+            "disk: results %.1f MiB; what cells share %.0f MiB in %s, of which `cola clean` removes what is old",
+            *(used(folder) / 2**20, used(shared) / 2**20, shared),
+        )
         left = len(list(wanted(self.design, results)))
         told = f"{left} cells are left; the same command goes on" if left else "all cells are done"
         return Completed(message=f"{told}; report: {page}")
@@ -118,7 +135,7 @@ class _Study:
         running: dict[Cell, PrefectFuture[Any]] = {}
         trouble: Exception | None = None
         threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(shown.size)
-        with board(shown), threads as runner:
+        with board(shown), threads as runner, _closed_early(pool):
             while True:
                 going = trouble is None and time.monotonic() < until
                 waiting = (cell for cell in wanted(self.design, shown.results) if cell not in running)
@@ -161,29 +178,33 @@ class _Study:
             try:
                 result = self._cell(cell, pool)
             except (UserError, RetryError) as error:
+                if isinstance(error, RetryError) and not pool.closed and runtime.task_run.run_count <= RETRIES:
+                    raise
                 ended((cell, error))
                 return Failed(message=str(error), data=error)
             except BaseException as error:
-                ended((cell, UserError(f"{cell.name}: {type(error).__name__}: {error}")))
+                mistake = UserError(f"{cell.name}: {type(error).__name__}: {error}")
+                ended((cell, mistake))
+                if isinstance(error, Exception):
+                    return Failed(message=str(mistake), data=mistake)
                 raise
             ended((cell, result))
             return Completed(name="Diverged", message=result.content["failed"]) if result.failed else Completed()
 
-        return Task(run_cell, name="cell", task_run_name=f"{cell.phase}-{cell.name}", cache_policy=NO_CACHE)
+        return Task(
+            run_cell,
+            name="cell",
+            task_run_name=cell.name,
+            cache_policy=NO_CACHE,
+            retries=RETRIES,
+            retry_delay_seconds=RETRY_SECONDS,
+        )
 
     def _cell(self, cell: Cell, pool: Pool) -> Result:
-        planned, started = self.orders.plan(cell), time.time()
-        folder = home() / "studies" / self.design.name / f"{cell.phase}-{cell.name}-{planned.key[:8]}"
+        planned = self.orders.plan(cell)
+        folder = home() / "studies" / self.design.name / f"{cell.name}-{planned.key[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "params.yaml").write_text(planned.params, encoding="utf-8")
-        for attempt in range(RETRIES + 1):
-            try:
-                answer = pool.run(planned.order(folder))
-                break
-            except RetryError:
-                if attempt == RETRIES:
-                    raise
-                time.sleep(RETRY_SECONDS)
-        result = keep(self.design, self.root / self.design.out, planned, answer, self.orders.version, started)
+        result = keep(self.root / self.design.out, planned, pool.run(planned.order(folder)), self.orders.version)
         shutil.rmtree(folder, ignore_errors=True)
         return result

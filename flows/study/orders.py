@@ -6,8 +6,9 @@ import copy
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from flows.project import project
 from tasks.cell import StageOrder
 from tasks.places import home
 
-__all__ = ["Orders", "Planned"]
+__all__ = ["Orders", "Planned", "experiment_of", "record_id"]
 
 LAST = {"sweep": "link@{final}", "test": "evaluate"}  # a sweep never sees the test rows
 CHEAP = ["merge.checkpoint=false", "merge.flat_adapter=false", "merge.portable_adapter=false"]
@@ -31,26 +32,36 @@ CHEAP = ["merge.checkpoint=false", "merge.flat_adapter=false", "merge.portable_a
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell ready to run: its params.yaml, the overrides that compose it, and its stages in order."""
+    """A cell of `study` ready to run: its params.yaml, the overrides that compose it, and its stages in order."""
 
+    study: str
     cell: Cell
     overrides: list[str]
     params: str
     stages: list[StageOrder]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A hash of the parameters."""
         return hashlib.sha256(json.dumps(load_yaml(self.params), sort_keys=True).encode()).hexdigest()
 
     @property
     def command(self) -> str:
-        """What runs the cell again under DVC, registry and all."""
-        return "dvc exp run " + " ".join(f"-S {shlex.quote(override)}" for override in self.overrides)
+        """What runs the cell again under DVC: as far as the sweep goes, or to the registry."""
+        words = [word for override in self.overrides for word in ("-S", override)]
+        return shlex.join(
+            ["dvc", "exp", "run", *words, *([self.stages[-1].name] if self.cell.phase == "sweep" else [])]
+        )
 
     def order(self, folder: Path) -> dict[str, Any]:
         """The line for a cell's process."""
-        return {"folder": str(folder), "stages": [asdict(stage) for stage in self.stages]}
+        record = {
+            "id": record_id(self.study, self.key),
+            "name": self.cell.name,
+            "experiment": experiment_of(self.study),
+            "used": {"phase": self.cell.phase, "command": self.command},
+        }
+        return {"folder": str(folder), "stages": [asdict(stage) for stage in self.stages], "record": record}
 
 
 @dataclass
@@ -77,9 +88,10 @@ class Orders:
         raw["link"]["learning_rate"], raw["seed"] = cell.learning_rate, cell.seed
         overrides = [
             *(*CHEAP, *self.design.overrides(cell.group), f"schedule.horizon={raw['schedule']['horizon']}"),
-            *(f"link.learning_rate={cell.learning_rate:g}", f"seed={cell.seed}"),
+            *(f"link.learning_rate={cell.learning_rate!r}", f"seed={cell.seed}"),
         ]
-        return Planned(cell, overrides, yaml.safe_dump(raw, sort_keys=False), self._stages(raw, LAST[cell.phase]))
+        text = yaml.safe_dump(raw, sort_keys=False)
+        return Planned(self.design.name, cell, overrides, text, self._stages(raw, LAST[cell.phase]))
 
     def of_group(self, group: Group) -> dict[str, Any]:
         """The parameters that a group's cells share; where probes are charged, its chain has fewer steps."""
@@ -88,6 +100,7 @@ class Orders:
             raw = self._compose([*overrides, f"schedule.horizon={steps}"])
             if self.design.budget.charge and (spent := _probe_steps(check_params(raw))):
                 raw = self._compose([*overrides, f"schedule.horizon={steps - spent}"])
+            _refuse_unpinned(self.design.name, raw)
             self.composed[group] = raw
         return self.composed[group]
 
@@ -119,6 +132,23 @@ class Orders:
             (self.scratch / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
             self.graphs[shape] = list(_orders(self.scratch, last.format(final=raw["final"])))
         return self.graphs[shape]
+
+
+def experiment_of(study: str) -> str:
+    """The name of a study's experiment in MLflow."""
+    return f"study-{study}"
+
+
+def record_id(study: str, key: str) -> str:
+    """The id of a cell's record: the same cell of the same study is posted to MLflow once."""
+    return hashlib.sha256(f"{study} {key}".encode()).hexdigest()[:16]
+
+
+def _refuse_unpinned(study: str, raw: Mapping[str, Any]) -> None:
+    """Results outlive the files that they came from, so a study says which bytes it means."""
+    for name, data in raw["fetch"]["data"].items():
+        if data and data["asset"].startswith("path:") and not data.get("sha256"):
+            raise UserError(f"{study}: fetch.data.{name}.sha256: missing; a study pins its files, {data['asset']} too")
 
 
 def _probe_steps(params: Params) -> int:

@@ -20,10 +20,13 @@ FAREWELL = ((signal.SIGINT, 30.0), (signal.SIGKILL, None))  # a link keeps a che
 
 
 class Pool:
-    """`size` processes with the code at `code`, in a with-block; `root` is the checkout that owns records and data."""
+    """`size` processes with the code at `code`, in a with-block; `root` is the checkout that owns records and data.
+
+    closed: no cell is run any more.
+    """
 
     def __init__(self, code: Path, root: Path, size: int) -> None:
-        self._code, self._root = code, root
+        self._code, self._root, self.closed = code, root, False
         self._free: Queue[subprocess.Popen[str] | None] = Queue()
         self._started: list[subprocess.Popen[str]] = []
         for _ in range(size):
@@ -33,6 +36,11 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what runs, whoever waits for it."""
+        self.closed = True
         for farewell, patience in FAREWELL:
             for process in self._started:
                 if process.poll() is None:
@@ -49,6 +57,8 @@ class Pool:
         """
         process = self._free.get()
         try:
+            if self.closed:
+                raise RetryError("the study was stopped; the same command goes on")
             if process is None or process.poll() is not None:
                 process = self._start()
             return _asked(process, order)
@@ -76,7 +86,7 @@ def _asked(process: subprocess.Popen[str], order: dict[str, Any]) -> dict[str, A
         process.stdin.write(json.dumps(order) + "\n")
         process.stdin.flush()
     line = process.stdout.readline()
-    if not line:
+    if not line.endswith("\n"):
         raise RetryError(f"a cell's process ended with {process.wait()}: killed, or out of memory")
     answer: dict[str, Any] = json.loads(line)
     return answer

@@ -13,7 +13,10 @@ __all__ = ["overrides_of", "winners"]
 
 
 def winners(design: Design, results: Sequence[Result]) -> Iterator[Result]:
-    """Of every model and task, the best cell of the best recipe, by validation loss: test scores choose nothing."""
+    """Of every model and task, the first seed's cell of the recipe with the lowest mean validation loss.
+
+    Among recipes that have all their seeds; test scores choose nothing, and no seed is picked for its validation rows.
+    """
     for model in design.models:
         for task in design.tasks:
             cells: dict[str, list[Result]] = {}
@@ -21,9 +24,10 @@ def winners(design: Design, results: Sequence[Result]) -> Iterator[Result]:
                 group = result.cell.group
                 if (group.model, group.task) == (model, task) and result.metrics:
                     cells.setdefault(group.recipe, []).append(result)
-            if cells:
-                best = min(cells.values(), key=lambda found: fmean(r.validation_loss for r in found))
-                yield min(best, key=lambda r: r.validation_loss)
+            whole = [found for found in cells.values() if len(found) == len(design.seeds)]
+            if whole:
+                best = min(whole, key=lambda found: fmean(r.validation_loss for r in found))
+                yield next(r for r in best if r.cell.seed == design.seeds[0])
 
 
 def overrides_of(result: Result) -> list[str]:

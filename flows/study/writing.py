@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from cola_core.errors import RetryError, UserError
@@ -12,9 +11,10 @@ from cola_core.study.report.findings import Findings
 from cola_core.study.report.page import report
 from cola_core.study.results import Result, read_results
 from cola_core.study.sweep import counted
+from flows.study.orders import experiment_of, record_id
 from tasks.store import open_store
 
-__all__ = ["experiment_of", "identity", "write_report"]
+__all__ = ["write_report"]
 
 UI = "http://127.0.0.1:5001/#/experiments"  # where `cola ui` shows MLflow
 SAID = "findings.md"  # a person's conclusions, taken into the report as they stand
@@ -37,17 +37,12 @@ def write_report(design: Design, root: Path) -> Path:
     return folder / "index.html"
 
 
-def identity(design: Design, key: str) -> str:
-    """The id of a cell's record: the same cell of the same study is posted to MLflow once."""
-    return hashlib.sha256(f"{design.name} {key}".encode()).hexdigest()[:16]
-
-
 def _links(design: Design, results: list[Result]) -> dict[Cell, str]:
     """The MLflow run of every cell that this checkout's store has; a report needs no store."""
-    names = {identity(design, result.content["key"]): result.cell for result in results}
+    names = {record_id(design.name, result.content["key"]): result.cell for result in results}
     try:
         with open_store() as store:
-            experiment = store.client.get_experiment_by_name(experiment_of(design))
+            experiment = store.client.get_experiment_by_name(experiment_of(design.name))
             runs = store.client.search_runs([experiment.experiment_id], max_results=50_000) if experiment else []
             found = {run.data.tags.get("cola.record", ""): run.info for run in runs}
     except (UserError, RetryError):
@@ -57,8 +52,3 @@ def _links(design: Design, results: list[Result]) -> dict[Cell, str]:
         for name, cell in names.items()
         if name in found
     }
-
-
-def experiment_of(design: Design) -> str:
-    """The name of a study's experiment in MLflow."""
-    return f"study-{design.name}"

@@ -12,7 +12,7 @@ from cola_core.study.report.figures import draw_curves, draw_losses, draw_ranks
 from cola_core.study.report.findings import Findings
 from cola_core.study.results import Result
 from cola_core.study.sweep import curves
-from cola_core.study.traits import NEAR, agreement
+from cola_core.study.traits import NEAR, Spending, agreement
 
 __all__ = ["cells", "chain", "cost", "ranks", "robust"]
 
@@ -28,42 +28,45 @@ def robust(findings: Findings) -> Iterator[Block]:
     default = design.sweep.default
     yield Text(
         f"From the sweep, by validation loss. Usable decades: the widest range of neighbouring rates within {NEAR:g} "
-        "nats of the best, whose width the grid's own steps limit; untuned: the loss above the best at "
+        "nats of the best (≥ where it ends with the trials, so it may be wider); untuned: the loss above the best at "
         f"{f'{default:g}' if default else 'no rate in particular'}. Means over tasks; the chosen rate of each task "
         "beside."
     )
-    panels = list(dict.fromkeys((group.model, group.task) for group in found))
-    head = ["recipe", "usable decades", "untuned", *(task for _, task in panels)]
+    panels = {panel: name for panel, name in findings.panels.items() if any((g.model, g.task) == panel for g in found)}
+    head = ["recipe", "usable decades", "untuned", *panels.values()]
     rows = []
     for recipe in design.recipes:
         mine = {(group.model, group.task): each for group, each in found.items() if group.recipe == recipe}
         over = [each.default for each in mine.values() if each.default is not None]
         rates = [f"{mine[p].rate:g}{'*' * mine[p].edge}" if p in mine else "" for p in panels]
-        spans = f"{fmean(each.decades for each in mine.values()):.2f}" if mine else ""
+        wider = "≥ " * any(each.open for each in mine.values())
+        spans = f"{wider}{fmean(each.decades for each in mine.values()):.2f}" if mine else ""
         rows.append([recipe, spans, f"{fmean(over):.4f}" if over else "", *rates])
     yield Table(head, rows)
     if any(each.edge for each in found.values()):
         yield Text("* still at the end of all rates that were tried.")
     swept = curves(design, findings.results)
-    lines = {task: {g.recipe: swept[g] for g in found if (g.model, g.task) == (m, task)} for m, task in panels}
-    dots = {task: {g.recipe: each.rate for g, each in found.items() if g.task == task} for _, task in panels}
+    groups = {name: [g for g in found if (g.model, g.task) == panel] for panel, name in panels.items()}
+    lines = {name: {g.recipe: swept[g] for g in mine} for name, mine in groups.items()}
+    dots = {name: {g.recipe: found[g].rate for g in mine} for name, mine in groups.items()}
     yield Drawing("rates", draw_curves(lines, dots), "Validation loss of the sweep; a dot where the rate was chosen.")
 
 
 def chain(findings: Findings) -> Iterator[Block]:
     """Training loss over the chain, and the Frank-Wolfe gap before every link."""
     panels: dict[str, dict[str, tuple[Sequence[float], Sequence[int]]]] = {}
-    for task in findings.design.tasks:
-        lines = {name: _over_chain(found) for name in findings.compared if (found := _cells(findings, task, name))}
-        panels |= {task: lines} if lines else {}
+    shown = [findings.design.tests.baseline, *findings.compared]
+    for panel, title in findings.panels.items():
+        lines = {name: _over_chain(found) for name in shown if (found := findings.scored(panel, name))}
+        panels |= {title: lines} if lines else {}
     yield Heading("Over the chain")
     yield Text("Training loss, mean over seeds and smoothed over ten steps; a bar where a knot was tied.")
     yield Drawing("losses", draw_losses(panels), "Training loss over the chain.")
     rows = [
-        [task, name, *(f"{gap:.1f}" for gap in _gaps(_cells(findings, task, name)))]
-        for task in findings.design.tasks
+        [title, name, *(f"{gap:.1f}" for gap in gaps)]
+        for panel, title in findings.panels.items()
         for name in findings.design.recipes
-        if len(_gaps(_cells(findings, task, name))) > 1
+        if len(gaps := _gaps(findings.scored(panel, name))) > 1
     ]
     if rows:
         yield Text(
@@ -74,10 +77,6 @@ def chain(findings: Findings) -> Iterator[Block]:
         most = max(len(row) for row in rows) - 2
         head = ["task", "recipe", *(f"before link {k + 1}" for k in range(most))]
         yield Table(head, [row + [""] * (most + 2 - len(row)) for row in rows])
-
-
-def _cells(findings: Findings, task: str, recipe: str) -> list[Result]:
-    return [r for r in findings.tests if (r.cell.group.task, r.cell.group.recipe) == (task, recipe)]
 
 
 def _over_chain(found: Sequence[Result]) -> tuple[Sequence[float], Sequence[int]]:
@@ -99,8 +98,8 @@ def ranks(findings: Findings) -> Iterator[Block]:
     for recipe in findings.design.recipes:
         if found := agreement(findings.tests, recipe):
             rows.append([recipe, *(f"{found[kind]:.2f}" if kind in found else "" for kind in KINDS)])
-            for task in findings.design.tasks:
-                maps |= _maps(recipe, task, _cells(findings, task, recipe))
+            for panel, title in findings.panels.items():
+                maps |= _maps(f"{recipe} {title}", findings.scored(panel, recipe))
     if not rows:
         return
     yield Heading("Ranks")
@@ -112,11 +111,11 @@ def ranks(findings: Findings) -> Iterator[Block]:
     yield Drawing("ranks", draw_ranks(maps), "Mean rank over seeds of every module, per recipe, task and link.")
 
 
-def _maps(recipe: str, task: str, found: Sequence[Result]) -> dict[str, dict[str, float]]:
+def _maps(title: str, found: Sequence[Result]) -> dict[str, dict[str, float]]:
     maps = {}
     for number in range(len(found[0].content["links"]) if found else 0):
         tables = [r.content["links"][number]["ranks"] for r in found]
-        maps[f"{recipe} {task} {number + 1}"] = {name: fmean(table[name] for table in tables) for name in tables[0]}
+        maps[f"{title} {number + 1}"] = {name: fmean(table[name] for table in tables) for name in tables[0]}
     return maps
 
 
@@ -126,21 +125,24 @@ def cost(findings: Findings) -> Iterator[Block]:
     yield Text(
         "Means per test cell over tasks in the mean: trainable parameters at a time, training tokens with a probe's at "
         "one and a half, processor seconds of probes and links, points of accuracy gained over the base model with its "
-        "fitted head, and processor seconds for each of them. The sweep: all its cells."
+        "fitted head, and processor seconds for each of them; a cell that failed to train is left out. The sweep: all "
+        "its cells."
     )
     rows = []
-    for recipe, spent in findings.spent.items():
+    for recipe in findings.design.recipes:
         mine = (r for r in findings.results if r.cell.group.recipe == recipe)
         swept = sum(r.cpu_seconds for r in mine if r.cell.phase == "sweep") / 3600
-        each = f"{spent.cpu_seconds / spent.points:.1f}" if spent.points > 0 else "-"
-        rows.append(
-            [
-                *(recipe, f"{spent.parameters:,.0f}", f"{spent.tokens:,.0f}", f"{spent.cpu_seconds:.1f}"),
-                *(f"{spent.points:.2f}", each, f"{swept:.2f}"),
-            ]
-        )
+        rows.append([recipe, *_spent(findings.spent.get(recipe)), f"{swept:.2f}"])
     head = ["recipe", "parameters", "tokens", "cpu s", "points gained", "cpu s per point", "sweep, cpu h"]
     yield Table(head, rows)
+
+
+def _spent(found: Spending | None) -> list[str]:
+    if found is None:
+        return [""] * 5
+    each = f"{found.cpu_seconds / found.points:.1f}" if found.points > 0 else "-"
+    amounts = f"{found.parameters:,.0f}", f"{found.tokens:,.0f}", f"{found.cpu_seconds:.1f}", f"{found.points:.2f}"
+    return [*amounts, each]
 
 
 def cells(findings: Findings) -> Iterator[Block]:
@@ -160,7 +162,7 @@ def cells(findings: Findings) -> Iterator[Block]:
 
 
 def _row(findings: Findings, result: Result) -> list[str]:
-    name, address = f"{result.cell.phase} {result.cell.name}", findings.links.get(result.cell)
+    name, address = result.cell.name, findings.links.get(result.cell)
     loss = result.validation_loss
     accuracy = f"{100 * result.metrics['accuracy']:.2f}" if result.metrics else ""
     chain = "" if result.failed else str(result.content["links"][-1]["chain"])[:12]

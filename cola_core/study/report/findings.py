@@ -13,7 +13,9 @@ from cola_core.study.results import Result
 from cola_core.study.sweep import curves
 from cola_core.study.traits import Spending, Usable, spending, usable
 
-__all__ = ["Findings"]
+__all__ = ["Findings", "Panel"]
+
+Panel = tuple[str, str]  # model, task
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,27 @@ class Findings:
     links: Mapping[Cell, str]
 
     @cached_property
+    def panels(self) -> dict[Panel, str]:
+        """What every model and task is called where they stand side by side: the task, after its model if several."""
+        several = len(self.design.models) > 1
+        return {(m, t): f"{m} {t}" if several else t for m in self.design.models for t in self.design.tasks}
+
+    def scored(self, panel: Panel, recipe: str) -> list[Result]:
+        """A recipe's test cells on a model and task, by seed."""
+        mine = [r for r in self.tests if r.cell.group == Group(*panel, recipe)]
+        return sorted(mine, key=lambda result: result.cell)
+
+    def whole(self, recipe: str) -> bool:
+        """Whether a recipe was scored on every task in the mean, so that its mean may stand beside others."""
+        counted = {panel for panel in self.panels if self.design.tasks[panel[1]].headline}
+        return counted <= {(r.cell.group.model, r.cell.group.task) for r in self.ended if r.cell.group.recipe == recipe}
+
+    @cached_property
+    def ended(self) -> list[Result]:
+        """Test cells, whether they trained or failed."""
+        return [result for result in self.results if result.cell.phase == "test"]
+
+    @cached_property
     def tests(self) -> list[Result]:
         """Cells that were scored on test rows."""
         return [result for result in self.results if result.metrics]
@@ -32,17 +55,18 @@ class Findings:
     @cached_property
     def failed(self) -> Counter[str]:
         """By recipe, test cells whose training failed."""
-        return Counter(r.cell.group.recipe for r in self.results if r.cell.phase == "test" and r.failed)
+        return Counter(result.cell.group.recipe for result in self.ended if result.failed)
 
     @cached_property
     def compared(self) -> list[str]:
         """The recipes whose difference from the baseline is tested."""
-        return [name for name, arm in self.design.recipes.items() if not arm.control]
+        baseline = self.design.tests.baseline
+        return [name for name, arm in self.design.recipes.items() if not arm.control and name != baseline]
 
     def comparisons(self, metric: str) -> list[Comparison]:
         """Every recipe against the baseline over headline tasks: the tested ones under Holm, controls by themselves."""
         found, tests = scores(self.design, self.results, metric), self.design.tests
-        controls = [name for name in self.design.recipes if name not in self.compared]
+        controls = [name for name, arm in self.design.recipes.items() if arm.control and name != tests.baseline]
         return compare(tests, found, self.compared) + compare(tests, found, controls)
 
     @cached_property

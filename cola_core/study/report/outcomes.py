@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from statistics import fmean
 
-from cola_core.study.compare import Comparison, Estimate, estimate, scores
+from cola_core.study.compare import Comparison, Estimate, block_of, estimate, over_rows, scores
 from cola_core.study.report.blocks import Block, Drawing, Heading, Table, Text
 from cola_core.study.report.figures import draw_forest, draw_steps
-from cola_core.study.report.findings import Findings
+from cola_core.study.report.findings import Findings, Panel
 from cola_core.study.results import Result
 
-__all__ = ["accuracy", "along", "loss"]
+__all__ = ["accuracy", "along", "examples", "loss"]
+
+Place = tuple[str, str, int]  # model, task, seed
 
 
 def accuracy(findings: Findings) -> Iterator[Block]:
@@ -23,20 +25,16 @@ def accuracy(findings: Findings) -> Iterator[Block]:
     yield Text(
         f"Per cent, mean over seeds with {100 * (1 - level):g} % t intervals; the difference from "
         f"`{design.tests.baseline}` is over blocks of the tasks in the mean. Rows marked with what they spent "
-        "otherwise are no equal comparison. p after Holm; of controls among themselves."
+        "otherwise are no equal comparison; a mean stands where all tasks in it were run. p after Holm; of controls "
+        "among themselves."
     )
-    tasks = [(model, task) for model in design.models for task in design.tasks]
-    several = len(design.models) > 1
-    head = ["recipe", *(f"{m} {t}" if several else t for m, t in tasks), "mean", "difference", "p", "verdict"]
+    head = ["recipe", *findings.panels.values(), "mean", "difference", "p", "verdict"]
     rows = []
     for recipe in design.recipes:
-        cells = [_scored(found[recipe], model, task, level) for model, task in tasks]
+        cells = [_scored(found[recipe], panel, level) for panel in findings.panels]
         counted = [s for (_, task, _), s in found[recipe].items() if design.tasks[task].headline]
-        marks = [*(findings.spent[recipe].unequal if recipe in findings.spent else ())]
-        marks += [f"{findings.failed[recipe]} failed"] if findings.failed[recipe] else []
-        name = f"{recipe} ({', '.join(marks)})" if marks else recipe
-        mean = f"{100 * fmean(counted):.2f}" if counted else ""
-        rows.append([name, *cells, mean, *_against(against.get(recipe), findings)])
+        mean = f"{100 * fmean(counted):.2f}" if findings.whole(recipe) else ""
+        rows.append([_marked(findings, recipe), *cells, mean, *_against(against.get(recipe), findings)])
     yield Table(head, rows)
     if against:
         forest = [(name, each.difference) for name, each in against.items()]
@@ -44,8 +42,19 @@ def accuracy(findings: Findings) -> Iterator[Block]:
         yield Drawing("forest", svg, "Mean difference over blocks with its interval; the band is the margin.")
 
 
-def _scored(found: Mapping[tuple[str, str, int], float], model: str, task: str, level: float) -> str:
-    values = [score for (m, t, _), score in found.items() if (m, t) == (model, task)]
+def _marked(findings: Findings, recipe: str) -> str:
+    """A recipe's name with what makes its row no equal comparison."""
+    marks = [*(findings.spent[recipe].unequal if recipe in findings.spent else ())]
+    marks += [f"{findings.failed[recipe]} failed"] if findings.failed[recipe] else []
+    edges = [
+        findings.panels[g.model, g.task] for g, each in findings.usable.items() if g.recipe == recipe and each.edge
+    ]
+    marks += [f"rate at the end of all tried: {' '.join(edges)}"] if edges else []
+    return f"{recipe} ({', '.join(marks)})" if marks else recipe
+
+
+def _scored(found: Mapping[tuple[str, str, int], float], panel: Panel, level: float) -> str:
+    values = [score for (model, task, _), score in found.items() if (model, task) == panel]
     return _interval(estimate(values, level)) if values else ""
 
 
@@ -78,9 +87,41 @@ def loss(findings: Findings) -> Iterator[Block]:
         row = [recipe]
         for metric in names:
             values = list(scores(design, findings.results, metric)[recipe].values())
-            row += [f"{fmean(values):.4f}" if values else "", *_against(against[metric].get(recipe), findings, False)]
+            row += [
+                f"{fmean(values):.4f}" if findings.whole(recipe) else "",
+                *_against(against[metric].get(recipe), findings, False),
+            ]
         rows.append(row)
     yield Table(["recipe", *(x for name in names.values() for x in (name, "difference", "p", "verdict"))], rows)
+
+
+def examples(findings: Findings) -> Iterator[Block]:
+    """What the choice of test rows alone leaves open, for the very models that were trained."""
+    design, level = findings.design, findings.design.tests.level
+    rows = []
+    for recipe in design.recipes:
+        if recipe != design.tests.baseline:
+            cells = [_over_rows(findings, panel, recipe, level) for panel in findings.panels]
+            rows += [[recipe, *cells]] if any(cells) else []
+    if not rows:
+        return
+    yield Heading("The same rows, model against model")
+    yield Text(
+        f"Points of accuracy beside `{design.tests.baseline}`, each row's answer averaged over the seeds that both "
+        f"have, with {100 * (1 - level):g} % intervals of the paired bootstrap over test rows: how far these models "
+        "differ, whatever other seeds would give. Not corrected for their number."
+    )
+    yield Table(["recipe", *findings.panels.values()], rows)
+
+
+def _over_rows(findings: Findings, panel: Panel, recipe: str, level: float) -> str:
+    mine, theirs = (
+        {r.cell.seed: r for r in findings.scored(panel, name)} for name in (recipe, findings.design.tests.baseline)
+    )
+    both = sorted(mine.keys() & theirs.keys())
+    if not both:
+        return ""
+    return _interval(over_rows([mine[s] for s in both], [theirs[s] for s in both], level))
 
 
 def along(findings: Findings) -> Iterator[Block]:
@@ -88,28 +129,49 @@ def along(findings: Findings) -> Iterator[Block]:
     design = findings.design
     if not design.families:
         return
-    level = design.tests.level
-    panels: dict[str, dict[str, dict[int, Estimate]]] = {name: {} for name in QUANTITIES}
+    level, baseline = design.tests.level, design.tests.baseline
+    panels: dict[str, dict[str, dict[int, Estimate]]] = {}
+    means: dict[tuple[str, str], float] = {}
     for quantity, read in QUANTITIES.items():
-        for family, recipes in design.families.items():
-            values = {
-                at: [read(r) for r in findings.tests if r.cell.group.recipe == name] for at, name in recipes.items()
-            }
-            panels[quantity][family] = {at: estimate(found, level) for at, found in values.items() if found}
+        found = {recipe: _by_block(findings, recipe, read) for recipe in design.recipes}
+        means |= {(quantity, recipe): fmean(values.values()) for recipe, values in found.items() if values}
+        panels[quantity] = {
+            family: dict(_differences(recipes, found, found[baseline], level))
+            for family, recipes in design.families.items()
+        }
     yield Heading(f"Along {design.across}")
-    yield Text("Means over all tasks and seeds with t intervals; the training loss is that of the last ten steps.")
-    yield Drawing("along", draw_steps(panels, design.across), "Loss and accuracy along the count.")
-    head = ["family", design.across, *QUANTITIES]
+    yield Text(
+        f"Means over the tasks in the mean and all seeds, and the difference from `{baseline}` over blocks with t "
+        "intervals, which the figure shows; the training loss is that of the last ten steps."
+    )
+    yield Drawing("along", draw_steps(panels, design.across), f"Difference from {baseline} along the count.")
     rows = [
-        [family, str(at), *(_of(panels[quantity][family].get(at)) for quantity in QUANTITIES)]
+        [family, str(at), *(_of(means.get((q, recipe)), panels[q][family].get(at)) for q in QUANTITIES)]
         for family, recipes in design.families.items()
-        for at in recipes
+        for at, recipe in recipes.items()
     ]
-    yield Table(head, rows)
+    yield Table(["family", design.across, *QUANTITIES], rows)
 
 
-def _of(found: Estimate | None) -> str:
-    return _interval(found, 1.0, 4) if found else ""
+def _by_block(findings: Findings, recipe: str, read: Callable[[Result], float]) -> dict[Place, float]:
+    """A quantity of a recipe's cells of tasks in the mean, by model, task and seed."""
+    tasks = findings.design.tasks
+    mine = (r for r in findings.tests if r.cell.group.recipe == recipe and tasks[r.cell.group.task].headline)
+    return {block_of(result): read(result) for result in mine}
+
+
+def _differences(
+    recipes: Mapping[int, str], found: Mapping[str, Mapping[Place, float]], base: Mapping[Place, float], level: float
+) -> Iterator[tuple[int, Estimate]]:
+    for at, recipe in recipes.items():
+        if both := sorted(found[recipe].keys() & base.keys()):
+            yield at, estimate([found[recipe][block] - base[block] for block in both], level)
+
+
+def _of(mean: float | None, difference: Estimate | None) -> str:
+    if mean is None or difference is None:
+        return ""
+    return f"{mean:.4f}: {difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
 
 
 def _training(result: Result) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from cola_core.study.report.behaviour import cells, chain, cost, ranks, robust
 from cola_core.study.report.blocks import Block, Heading, Text
 from cola_core.study.report.findings import Findings
-from cola_core.study.report.outcomes import accuracy, along, loss
+from cola_core.study.report.outcomes import accuracy, along, examples, loss
 from cola_core.study.report.setting import set_up, sight
 
 __all__ = ["report"]
@@ -27,7 +27,7 @@ def report(findings: Findings, said: str) -> Iterator[Block]:
     yield Text(design.expected)
     yield from set_up(findings)
     yield from sight(findings)
-    for section in (accuracy, loss, along, robust, chain, ranks, cost) if findings.tests else (robust,):
+    for section in (accuracy, loss, examples, along, robust, chain, ranks, cost) if findings.tests else (robust,):
         yield from section(findings)
     yield from cells(findings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
 
@@ -25,6 +26,7 @@ def set_up(findings: Findings) -> Iterator[Block]:
         "test score uses), from a grid that is extended while the best stands at its end; the test rows are the same "
         f"for every seed, and are scored by {fresh} fresh seeds at the chosen rate alone."
     )
+    yield Text(_origin(findings))
     yield Table(["model", "what it is"], [[name, arm.note] for name, arm in design.models.items()], wide=[1])
     tasks = [[n, "yes" if a.headline else "no", str(_rows(findings, n)), a.note] for n, a in design.tasks.items()]
     yield Table(["task", "in the mean", "test rows", "which"], tasks, wide=[3])
@@ -35,6 +37,18 @@ def set_up(findings: Findings) -> Iterator[Block]:
     yield Table(["recipe", "role", "what it is"], recipes, wide=[2])
 
 
+def _origin(findings: Findings) -> str:
+    """Whether one code and one kind of machine made all cells: only then do they differ by nothing else."""
+    codes = Counter(str(result.content.get("code", "?")) for result in findings.results)
+    machines = Counter(
+        " ".join(str(value) for _, value in sorted(result.content.get("machine", {}).items()))
+        for result in findings.results
+    )
+    kinds = [f"{count} on {kind or 'an unknown machine'}" for kind, count in machines.most_common()]
+    made = [f"{count} by code {code}" for code, count in codes.most_common()]
+    return f"Cells: {', '.join(made)}; {', '.join(kinds)} (instructions, threads, torch)."
+
+
 def _rows(findings: Findings, task: str) -> int | str:
     return next((len(r.correct) for r in findings.tests if r.cell.group.task == task), "?")
 
@@ -42,8 +56,10 @@ def _rows(findings: Findings, task: str) -> int | str:
 def sight(findings: Findings) -> Iterator[Block]:
     """What could be seen at all: told before what was seen."""
     design = findings.design
+    found, compared = findings.comparisons("accuracy"), len(findings.compared)
+    tested = [each for each in found if each.recipe in findings.compared]
     tasks = sum(arm.headline for arm in design.tasks.values())
-    blocks, compared = tasks * len(design.models) * len(design.seeds), len(findings.compared) - 1
+    blocks = min((each.difference.n for each in tested), default=tasks * len(design.models) * len(design.seeds))
     size = detectable(blocks, compared, design.tests)
     yield Heading("What can be seen")
     text = (
@@ -51,12 +67,12 @@ def sight(findings: Findings) -> Iterator[Block]:
         f"against `{design.tests.baseline}`, with Holm's correction. With a power of {design.tests.power:g} it finds "
         f"a mean difference of {size:.2f} standard deviations of a block's difference."
     )
-    spreads = [c.sd for c in findings.comparisons("accuracy") if c.recipe in findings.compared]
-    if spreads:
-        sd = math.sqrt(fmean(s * s for s in spreads))
+    if tested:
+        sd = math.sqrt(fmean(each.sd**2 for each in tested))
         text += (
             f" That standard deviation turned out to be {100 * sd:.2f} points (root mean square over recipes), so the "
             f"smallest detectable difference is **{100 * sd * size:.2f} points**. Below it, no difference and cannot "
-            f"tell are parted by the interval: inside {100 * design.tests.margin:g} point either way is the former."
+            f"tell are parted by the interval, corrected for {compared} recipes: inside {100 * design.tests.margin:g} "
+            "point either way is the former."
         )
     yield Text(text)
