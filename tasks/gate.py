@@ -66,7 +66,7 @@ def promote(store: Store, name: str, config: PromoteConfig) -> Judgement:
     theirs = _champion_answers(store, challenger, champion, rows) if champion else None
     use = _spend(store, name, rows, config)
     decision = judge(mine, theirs, base, config, seed=int(rows, 16) % 2**31)
-    note = json.dumps({"decision": decision.to_json(), "use": use, "rows": rows})
+    note = json.dumps({"decision": decision.to_json(), "use": use, "rows": rows, "champion": holder})
     store.client.set_model_version_tag(name, version, JUDGED, note)
     if decision.verdict == "promote":
         _crown(store, name, version, holder)
@@ -107,9 +107,11 @@ def _completed(
 ) -> Judgement:
     """A promotion whose alias was not moved any more is completed; any other judgement stands."""
     version, decision = str(challenger.version), Decision(**told["decision"])
-    was = version in _history(store, name) or RETURNED in challenger.tags
-    if decision.verdict != "promote" or was:
+    if decision.verdict != "promote" or version in _history(store, name) or RETURNED in challenger.tags:
         raise SettledError(f"{name}: version {version} was judged before ({decision.verdict}: {decision.reason})")
+    if told["champion"] != holder:
+        was = f"version {told['champion']} was {CHAMPION}" if told["champion"] else f"there was no {CHAMPION}"
+        raise SettledError(f"{name}: version {version} was judged when {was}, and there is another now")
     _crown(store, name, version, holder)
     return Judgement(name, version, holder, decision, told["use"])
 
@@ -136,17 +138,25 @@ def _history(store: Store, name: str) -> list[str]:
 
 
 def _spend(store: Store, name: str, rows: str, config: PromoteConfig) -> int:
-    """Note one more use of a test set; returns which it is."""
+    """Note one more use of a test set, and the level that it spends, whatever earlier ones spent; returns which it is.
+
+    Raises:
+        UserError: there is not as much of the level left.
+    """
     tags = store.client.get_registered_model(name).tags
-    uses: dict[str, int] = json.loads(tags.get(USES, "{}"))
-    if uses.get(rows, 0) >= config.uses:
+    spent: dict[str, dict[str, float]] = json.loads(tags.get(USES, "{}"))
+    before = spent.get(rows, {"uses": 0, "level": 0.0})
+    uses, level = int(before["uses"]), before["level"]
+    share = config.level / config.uses
+    if level + share > config.level * (1 + 1e-9):
         raise UserError(
-            f"{name}: its test rows were used {uses[rows]} times, as often as promote.uses allows; what is chosen on "
-            "them any longer is fitted to them: name new test rows in fetch.data.test"
+            f"{name}: its test rows were used {uses} times, which spent {level:.3g} of promote.level {config.level:g}, "
+            f"and another use costs {share:.3g}; what is chosen on them any longer is fitted to them: name new test "
+            "rows in fetch.data.test"
         )
-    uses[rows] = uses.get(rows, 0) + 1
-    store.client.set_registered_model_tag(name, USES, json.dumps(uses, sort_keys=True))
-    return uses[rows]
+    spent[rows] = {"uses": uses + 1, "level": level + share}
+    store.client.set_registered_model_tag(name, USES, json.dumps(spent))
+    return uses + 1
 
 
 def _champion_answers(store: Store, challenger: ModelVersion, champion: ModelVersion, rows: str) -> Scored:

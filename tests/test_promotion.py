@@ -132,9 +132,19 @@ def test_a_test_set_is_used_up(checkout: Path) -> None:  # noqa: F811
         train(checkout, seed, right(11))
         judged(few)
     train(checkout, 3, right(60))
-    with pytest.raises(UserError, match=r"its test rows were used 2 times, as often as promote\.uses allows"):
-        judged(few)
+    for config in (few, QUICK.model_copy(update={"uses": 1})):
+        with pytest.raises(UserError, match=r"rows were used 2 times, which spent 0\.05 of promote\.level 0\.05"):
+            judged(config)
     assert champion() is None
+
+
+def test_what_earlier_uses_spent_counts_however_the_level_is_shared_now(checkout: Path) -> None:  # noqa: F811
+    train(checkout, 1, right(11))
+    judged(QUICK.model_copy(update={"uses": 4}))
+    train(checkout, 2, right(60))
+    with pytest.raises(UserError, match=r"spent 0\.0125 of promote\.level 0\.05, and another use costs 0\.05"):
+        judged(QUICK.model_copy(update={"uses": 1}))
+    assert judged(QUICK.model_copy(update={"uses": 2})).use == 2
 
 
 def test_cut_off_before_the_alias_moves_the_next_call_moves_it_without_another_use(
@@ -148,6 +158,24 @@ def test_cut_off_before_the_alias_moves_the_next_call_moves_it_without_another_u
     found = judged()
     assert (found.decision.verdict, found.use) == ("promote", 1)
     assert champion() == found.version
+
+
+def test_a_promotion_that_was_cut_off_is_not_completed_over_another_champion(
+    checkout: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(checkout, 1, right(20))
+    first = judged()
+    train(checkout, 2, right(45))
+    with killed_at(monkeypatch, "set_registered_model_alias"):
+        judged()
+    with open_store() as store:
+        store.client.set_registered_model_alias(NAME, CHAMPION, "1")  # by hand, meanwhile
+    with pytest.raises(
+        SettledError, match=f"was judged when version {first.version} was champion, and there is another now"
+    ):
+        judged()
+    assert champion() == "1"
 
 
 def test_cut_off_before_the_decision_is_noted_the_use_is_spent_all_the_same(
