@@ -14,7 +14,7 @@ from contextlib import suppress
 from cola_core.errors import UserError
 from flows.child import environment
 
-__all__ = ["serve_uis"]
+__all__ = ["HOST", "MLFLOW", "serve_uis"]
 
 HOST = "127.0.0.1"
 MLFLOW, PREFECT = 5001, 4200

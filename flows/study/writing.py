@@ -12,11 +12,11 @@ from cola_core.study.report.page import report
 from cola_core.study.results import Result, read_results
 from cola_core.study.sweep import counted
 from flows.study.orders import experiment_of, record_id
+from flows.ui import HOST, MLFLOW
 from tasks.store import open_store
 
 __all__ = ["write_report"]
 
-UI = "http://127.0.0.1:5001/#/experiments"  # where `cola ui` shows MLflow
 SAID = "findings.md"  # a person's conclusions, taken into the report as they stand
 
 
@@ -44,11 +44,13 @@ def _links(design: Design, results: list[Result]) -> dict[Cell, str]:
         with open_store() as store:
             experiment = store.client.get_experiment_by_name(experiment_of(design.name))
             runs = store.client.search_runs([experiment.experiment_id], max_results=50_000) if experiment else []
+            shared = store.uri.startswith("http") and "@" not in store.uri  # no password goes into a page
+            address = store.uri if shared else f"http://{HOST}:{MLFLOW}"  # where `cola ui` shows it
             found = {run.data.tags.get("cola.record", ""): run.info for run in runs}
     except (UserError, RetryError):
         return {}
     return {
-        cell: f"{UI}/{found[name].experiment_id}/runs/{found[name].run_id}"
+        cell: f"{address}/#/experiments/{found[name].experiment_id}/runs/{found[name].run_id}"
         for name, cell in names.items()
         if name in found
     }
