@@ -7,7 +7,7 @@ by whoever opens the chain next; `tie_knot` proves beforehand that tying it chan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from cola_core.adapter_files import Adapter
@@ -50,7 +50,7 @@ def run_link(job: LinkJob, report: Report = lambda event: None) -> tuple[Adapter
     layers = first_layers(model, job, firsts)
     training = Training(objective, layers, job.train, job.validation, course)
     progress = _train(training, report)
-    told = getattr(training.update, "record", _nothing)(progress.step, [link.record for link in job.chain[1:]])
+    told = training.update.record(progress.step, [link.record for link in job.chain[1:]])
     scores = sample_scores(objective, job.validation[:KNOT_ROWS])
     trained = sum(p.numel() for _, role, p in trained_parameters(model, layers) if role != "head")
     adapter = adapter_of(model, layers, job, firsts)
@@ -77,8 +77,3 @@ def _loss_without(objective: Objective, job: LinkJob, course: Course) -> float:
     if not math.isfinite(loss):
         raise not_finite("the validation loss of the chain without the link", course, 0)
     return loss
-
-
-def _nothing(steps: int, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What most updates add to link.json."""
-    return {}

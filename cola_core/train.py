@@ -21,8 +21,7 @@ from cola_core.checkpoints import Progress, load_checkpoint, random_state, save_
 from cola_core.health import Course, check_divergence, check_finite, not_finite
 from cola_core.interrupts import uninterrupted
 from cola_core.models import head_parameters
-from cola_core.optimizers.privacy import Reading
-from cola_core.rows import Row, order
+from cola_core.rows import Row
 from cola_core.scoring import Objective, mean_loss
 from cola_core.seeds import derive
 
@@ -59,7 +58,7 @@ class Training:
         self.progress = load_checkpoint(kept, self.held, self.optimizer) if kept else Progress()
         self.progress.random = self.progress.random or random_state()
         self.kept = self._point()
-        self.plan = getattr(self.update, "plan", _epochs)(train, course)
+        self.plan = self.update.plan(train, course)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Train to the end.
@@ -135,7 +134,7 @@ class Training:
         factor = learning_rate_factor(step, self.course.offset, self.course.schedule, config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        mean, tokens = getattr(self.update, "collect", _once)(self.plan[step], self._gradients)
+        mean, tokens = self.update.collect(self.plan[step], self._gradients)
         check_finite(mean, self.named, self.course, step + 1)
         if config.clip is not None:
             accelerator.clip_grad_norm_(list(self.named.values()), config.clip)
@@ -189,16 +188,6 @@ def trained_parameters(model: PreTrainedModel, layers: Mapping[str, LoRA]) -> It
     for name, parameter in head_parameters(model).items():
         parameter.requires_grad_(True)
         yield name, "head", parameter
-
-
-def _epochs(train: Sequence[Row], course: Course) -> list[list[int]]:
-    """Row indices of every step, for updates without a plan of their own."""
-    return order(len(train), course.config.batch, course.config.steps, derive(course.seed, course.link, "data"))
-
-
-def _once(rows: Sequence[int], read: Reading) -> tuple[float, int]:
-    """All rows of a step at once, for updates that collect nothing themselves."""
-    return read(rows)
 
 
 def _keep_best(progress: Progress, validation: float, held: Mapping[str, Tensor]) -> None:

@@ -252,7 +252,8 @@ def test_prefect_yaml_deploys_to_a_process_pool(project: Path, server: str, tmp_
     import httpx
 
     deployment = httpx.get(f"{server}/deployments/name/cola-pipeline/nightly").json()
-    assert deployment["work_pool_name"] == "cola-local" and deployment["parameters"] == {"committed": True, "promote": True}
+    assert deployment["work_pool_name"] == "cola-local"
+    assert deployment["parameters"] == {"committed": True, "promote": True}
     assert [one["schedule"]["cron"] for one in deployment["schedules"]] == ["0 2 * * *"]
 
 

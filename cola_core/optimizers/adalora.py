@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import AdamW
 
 from cola_core.adapters import LoRA
 from cola_core.config.training_values import AdaLora as Options
 from cola_core.errors import UserError
 from cola_core.optimizers.privacy import Reading
+from cola_core.optimizers.stepping import Adam
 
 __all__ = ["AdaLora", "budget"]
 
 
-class AdaLora(AdamW):
+class AdaLora(Adam):
     """AdamW for dW = s P diag(g) Q, here B, the gates and A, with P and Q held near orthogonality (section 3).
 
     The loss takes on `orthogonal` times the mean of ||P^T P - I||_F and ||Q Q^T - I||_F over modules. After each step a

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 
 from cola_core.config.training_values import FedAvg as Options
 from cola_core.interrupts import uninterrupted
 from cola_core.optimizers.privacy import Reading, check_accountant, epsilon, private_gradient
 from cola_core.optimizers.shards import Rounds, shards
+from cola_core.optimizers.stepping import Stepping
 from cola_core.processes import check_alone
 from cola_core.seeds import derive
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["FedAvg"]
 
 
-class FedAvg(Optimizer):
+class FedAvg(Stepping):
     """FederatedAveraging, arXiv 1602.05629, Algorithm 1, all clients in every round: w <- sum_k (n_k / n) w_k.
 
     w_k: the server's w after `local_steps` steps of plain SGD (weight decay is added to the gradient) on client k's

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from cola_core.adapters import LoRA
+from cola_core.optimizers.stepping import Adam
 
 __all__ = ["Factors", "Rule", "State", "pairwise", "wide"]
 
@@ -34,7 +35,7 @@ class Factors:
 Rule = Callable[[State, Sequence[Factors]], None]
 
 
-def pairwise(groups: Groups, layers: Mapping[str, LoRA], settings: Mapping[str, Any], rule: Rule) -> Optimizer:
+def pairwise(groups: Groups, layers: Mapping[str, LoRA], settings: Mapping[str, Any], rule: Rule) -> Adam:
     """AdamW that first lets `rule` see A and B of every module, whatever their order in the groups.
 
     Args:
@@ -42,7 +43,7 @@ def pairwise(groups: Groups, layers: Mapping[str, LoRA], settings: Mapping[str, 
         layers: module -> its layer, for the scale.
         settings: what AdamW takes, of biases and a head too.
     """
-    optimizer = AdamW(groups, **settings)
+    optimizer = Adam(groups, **settings)
 
     def before(optimizer: Optimizer, *_: Any) -> None:
         with torch.no_grad():

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+
+from cola_core.optimizers.stepping import Adam
 
 __all__ = ["Penalised", "Proximal", "hard_masks", "soft_threshold"]
 
 
-class Penalised(AdamW):
+class Penalised(Adam):
     """AdamW on the loss + l2/2 (||A||^2 + ||B||^2): XGBLoRA's penalty (arXiv 2410.19694, equation 7).
 
     Unlike weight decay it passes through Adam's normalisation. The losses that are shown do not hold it.
@@ -31,7 +32,7 @@ class Penalised(AdamW):
         super().step(closure)
 
 
-class Proximal(AdamW):
+class Proximal(Adam):
     """AdamW, then a proximal step for xi ||g||_1 on the gates (SoRA, arXiv 2311.11696, equation 5).
 
     soft: g <- soft(g, learning rate * xi), the proximal operator. official: the authors' code: three masks one after

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import AdamW
 
 from cola_core.adapters import LoRA
 from cola_core.interrupts import uninterrupted
 from cola_core.models import as_matrix
 from cola_core.optimizers.privacy import Reading
+from cola_core.optimizers.stepping import Adam
 
 __all__ = ["Ggpo", "Mgpo"]
 
 
-class Ggpo(AdamW):
+class Ggpo(Adam):
     """LoRA-GGPO, arXiv 2502.14538 v1: AdamW on gradients taken at W + s B A + noise.
 
     Row i of the noise, out x in, is N(0, 1) times (sigma n_i + beta ||g_i||^2) / sqrt(out), with
@@ -65,7 +65,7 @@ class Ggpo(AdamW):
             return (self.sigma * weights + self.beta * seen) / math.sqrt(len(seen))
 
 
-class Mgpo(AdamW):
+class Mgpo(Adam):
     """LoRA-MGPO, arXiv 2502.14538 v2: AdamW on gradients taken a step up Adam's momentum, theta + rho_t m / ||m||.
 
     No second backward pass is needed. rho_t = rho ||g|| / EMA(||g||), of the gradients before: our reading of its
