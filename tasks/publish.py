@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import chdir
@@ -21,6 +22,7 @@ from tasks.release import FOLDER, Release, pack, read_release, registration
 from tasks.store import Store, temporaries
 
 if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
 __all__ = ["ALIAS", "publish", "restore"]
@@ -132,7 +134,7 @@ def _logged_model(store: Store, release: Release) -> str:
     same = f"tags.`cola.served` = '{release.served}'"
     found = store.client.search_logged_models([experiment], same, max_results=1)
     run_id = store.run_that_made(release.name, ARTIFACTS / "evaluate", identity(ARTIFACTS / "evaluate"))
-    model = found[0] if found else store.client.create_logged_model(experiment, release.name, run_id, _tags(release))
+    model = found[0] if found else _new_model(store, release, experiment, run_id)
     if not _has_files(store, model.model_id):
         if run_id:
             for name, value in release.scores.items():
@@ -140,6 +142,14 @@ def _logged_model(store: Store, release: Release) -> str:
         _upload(store, release, model.model_id)
     store.client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
+
+
+def _new_model(store: Store, release: Release, experiment: str, run_id: str | None) -> LoggedModel:
+    """An empty model under a name that tells it from others where MLflow lists them side by side."""
+    links = release.serve["final"]
+    params = {"recipe": release.recipe, "links": links, "task": release.task, "seed": str(release.seed)}
+    name = re.sub(r"[^\w-]", "-", f"{release.recipe}-m{links}-seed{release.seed}")  # MLflow refuses / : . and others
+    return store.client.create_logged_model(experiment, name, run_id, _tags(release), params)
 
 
 def _upload(store: Store, release: Release, model_id: str) -> None:
