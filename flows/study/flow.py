@@ -21,8 +21,9 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from cola_core.assets.cache import cache_root
+from cola_core.config.reading import read_yaml
 from cola_core.errors import RetryError, UserError, system_told
-from cola_core.files import scratch
+from cola_core.files import scratch, tree_hash
 from cola_core.locks import try_lock
 from cola_core.study.design import Cell, Design, Group, read_design
 from cola_core.study.results import Result, read_results, result_file
@@ -31,7 +32,7 @@ from flows.compose import defaults
 from flows.posting import post
 from flows.server import reported, stoppable
 from flows.slots import pool_size
-from flows.snapshot import checkout, git, snapshot, unpacked
+from flows.snapshot import checkout, snapshot, unpacked
 from flows.study.board import Board, board
 from flows.study.disk import used
 from flows.study.estimate import estimate
@@ -68,13 +69,12 @@ def _attempt(file: Path, hours: float | None) -> State:
             root = checkout()
             design = read_design(root / file)
             tree = snapshot(root, False)
-            version = hashlib.sha256(git(root, "ls-tree", tree, "--", *CODE)).hexdigest()[:16]
             lock = try_lock(home() / "studies" / f"{design.name}.lock", DYING)
             if lock is None:
                 raise RetryError(f"{design.name}: this study is already going; wait for it")
             with lock, unpacked(root, tree, *CODE) as code, scratch(cache_root(), "study") as looks:
                 (code / "params.yaml").write_text(defaults(code), encoding="utf-8")
-                return _Study(design, root, Orders(design, version, code, looks)).run(hours)
+                return _Study(design, root, Orders(design, code, looks)).run(hours)
     except (UserError, RetryError) as error:
         return Failed(message=str(error), data=error)
 
@@ -169,6 +169,14 @@ class _Study:
             self.orders.of_group(group)
         return set(groups)
 
+    @cached_property
+    def version(self) -> str:
+        """A hash of the code that stages depend on by dvc.yaml: other edits change no result."""
+        stages = read_yaml(self.orders.code / "dvc.yaml")["stages"].values()
+        files = {dep for stage in stages for dep in stage.get("do", stage)["deps"] if dep.endswith(".py")}
+        text = "".join(tree_hash(self.orders.code / file) for file in sorted(files))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def _size(self) -> int:
         """Cells that run at once: those with most threads decide."""
         return min(pool_size(self.orders.of_group(group)["machine"]["threads"]) for group in self.groups)
@@ -205,6 +213,6 @@ class _Study:
         folder = home() / "studies" / self.design.name / f"{cell.name}-{planned.key[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "params.yaml").write_text(planned.params, encoding="utf-8")
-        result = keep(self.root / self.design.out, planned, pool.run(planned.order(folder)), self.orders.version)
+        result = keep(self.root / self.design.out, planned, pool.run(planned.order(folder)), self.version)
         shutil.rmtree(folder, ignore_errors=True)
         return result

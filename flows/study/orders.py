@@ -17,7 +17,7 @@ import yaml
 from cola_core.config.params import Params, check_params, knot_of
 from cola_core.config.reading import load_yaml
 from cola_core.errors import UserError
-from cola_core.files import new_file
+from cola_core.files import new_file, tree_hash
 from cola_core.study.design import PROBE_ROW, Cell, Design, Group
 from flows.compose import compose
 from flows.project import project
@@ -66,13 +66,9 @@ class Planned:
 
 @dataclass
 class Orders:
-    """Plans cells of one study with the code and conf/ at `code`, of which `version` is a hash.
-
-    scratch: a folder for DVC to look at.
-    """
+    """Plans cells of one study with the code and conf/ at `code`; scratch: a folder for DVC to look at."""
 
     design: Design
-    version: str
     code: Path
     scratch: Path
     composed: dict[Group, dict[str, Any]] = field(default_factory=dict)
@@ -106,13 +102,18 @@ class Orders:
 
     def _compose(self, overrides: list[str]) -> dict[str, Any]:
         """Hydra takes a quarter of a second, so what it made of the same files is kept."""
-        name = hashlib.sha256(json.dumps([self.version, overrides]).encode()).hexdigest()[:32]
+        name = hashlib.sha256(json.dumps([self.conf, overrides]).encode()).hexdigest()[:32]
         kept = home() / "studies" / "composed" / f"{name}.yaml"
         if not kept.is_file():
             text = self._composed(overrides)
             with new_file(kept) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         return load_yaml(kept.read_text(encoding="utf-8"))
+
+    @cached_property
+    def conf(self) -> str:
+        """A hash of conf/."""
+        return tree_hash(self.code / "conf")
 
     def _composed(self, overrides: list[str]) -> str:
         try:
