@@ -206,7 +206,7 @@ def test_a_further_seed_runs_its_own_cells_alone_and_none_without_time(studied: 
 
 def test_killed_it_goes_on_and_ends_with_the_same_results(studied: Any) -> None:
     root, variables, _ = studied
-    write(root, out="again", recipes={"lora": STUDY["recipes"]["lora"]}, seeds=[0])
+    write(root, out="again", recipes={name: STUDY["recipes"][name] for name in ("lora", "cola_gora")}, seeds=[0])
     command = [sys.executable, "-m", "flows.cli", "study", "studies/tiny.yaml"]
     with (root / "killed.log").open("w") as log:
         process = subprocess.Popen(command, cwd=root, env=variables, stdout=log, stderr=log, start_new_session=True)
@@ -221,7 +221,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_results(studied: Any) -> None:
     write(root)
     assert done.returncode == 0, done.stderr
     undisturbed, again = results(root), results(root, "again")
-    assert len(again) == 3
+    assert len(again) == 2 * 2 + 2
     for name, result in again.items():
         mine, theirs = (
             {k: v for k, v in r.content.items() if k not in ("spent", "code")} for r in (undisturbed[name], result)
