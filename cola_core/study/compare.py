@@ -16,7 +16,7 @@ from scipy import stats
 from cola_core.study.design import Design, Tests
 from cola_core.study.results import Result
 
-__all__ = ["Comparison", "Estimate", "block_of", "compare", "detectable", "estimate", "over_rows", "scores"]
+__all__ = ["Block", "Comparison", "Estimate", "block_of", "compare", "detectable", "estimate", "over_rows", "scores"]
 
 Block = tuple[str, str, int]  # model, task, seed
 Scores = Mapping[str, Mapping[Block, float]]  # recipe -> block -> score

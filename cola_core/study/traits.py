@@ -11,7 +11,7 @@ from statistics import fmean
 import numpy as np
 from scipy import stats
 
-from cola_core.study.compare import block_of
+from cola_core.study.compare import Block, block_of
 from cola_core.study.design import PROBE_ROW, Design, Group
 from cola_core.study.results import Result
 from cola_core.study.sweep import choose
@@ -80,7 +80,7 @@ def spending(design: Design, results: Iterable[Result]) -> dict[str, Spending]:
     return {recipe: _spent([r for r in cells if block_of(r) in base], base) for recipe, cells in by.items()}
 
 
-def _spent(cells: Sequence[Result], base: Mapping[tuple[str, str, int], Result]) -> Spending:
+def _spent(cells: Sequence[Result], base: Mapping[Block, Result]) -> Spending:
     shares = {
         name: [count(r) / max(1.0, count(base[block_of(r)])) for r in cells]
         for name, count in (("parameters", _parameters), ("tokens", _tokens))

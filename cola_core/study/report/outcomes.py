@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from statistics import fmean
 
+from cola_core.study.compare import Block as Place
 from cola_core.study.compare import Comparison, Estimate, block_of, estimate, over_rows, scores
 from cola_core.study.report.blocks import Block, Drawing, Heading, Table, Text
 from cola_core.study.report.figures import draw_forest, draw_steps
@@ -12,8 +13,6 @@ from cola_core.study.report.findings import Findings, Panel
 from cola_core.study.results import Result
 
 __all__ = ["accuracy", "along", "examples", "loss"]
-
-Place = tuple[str, str, int]  # model, task, seed
 
 
 def accuracy(findings: Findings) -> Iterator[Block]:
@@ -53,7 +52,7 @@ def _marked(findings: Findings, recipe: str) -> str:
     return f"{recipe} ({', '.join(marks)})" if marks else recipe
 
 
-def _scored(found: Mapping[tuple[str, str, int], float], panel: Panel, level: float) -> str:
+def _scored(found: Mapping[Place, float], panel: Panel, level: float) -> str:
     values = [score for (model, task, _), score in found.items() if (model, task) == panel]
     return _interval(estimate(values, level)) if values else ""
 
