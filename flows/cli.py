@@ -6,15 +6,13 @@ import atexit
 import gc
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cola_core.errors import RetryError, UserError, system_told
 from cola_core.secrets import guard
-
-if TYPE_CHECKING:
-    from cola_core.config.params import Params
+from flows.comparing import comparing
 
 __all__ = ["app", "main"]
 
@@ -27,14 +25,10 @@ cli = typer.Typer(
 )
 chain_cli = typer.Typer(help="The trained chain under artifacts/.", no_args_is_help=True)
 cli.add_typer(chain_cli, name="chain")
+cli.add_typer(comparing)
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
-]
-
-
-Registered = Annotated[
-    str | None, typer.Argument(help="Registered model; by default register.name of params.yaml.", show_default=False)
 ]
 
 
@@ -68,33 +62,6 @@ def run(
 
 
 @cli.command()
-def study(
-    file: Annotated[Path, typer.Argument(help="The study's file, such as studies/main.yaml.")],
-    budget: Annotated[float | None, typer.Option(metavar="HOURS", help="Start no cell after so long.", min=0)] = None,
-    report: Annotated[bool, typer.Option("--report", help="Run nothing, write the report alone.")] = False,
-    register: Annotated[bool, typer.Option("--register", help="Register the best chain of every task.")] = False,
-) -> None:
-    """Run what is missing of a study - recipes, tasks, learning rates, seeds - and write its report."""
-    if register:
-        from flows.start import register_winners
-
-        return register_winners(file)
-    if not report:
-        from flows.start import start_study
-
-        return start_study(file, budget)
-    from cola_core.study.design import read_design
-    from flows.child import quiet
-    from flows.snapshot import checkout
-
-    quiet()
-    from flows.study.writing import write_report
-
-    print(f"written: {write_report(read_design(file), checkout())}")
-    return None
-
-
-@cli.command()
 def serve(
     name: Annotated[str, typer.Option(help="Name of the deployment.")] = "local",
     cron: Annotated[str, typer.Option(help="When to run the branch's last commit.")] = "0 2 * * *",
@@ -105,27 +72,6 @@ def serve(
     from flows.serve import serve as serve_flow
 
     serve_flow(name, cron, every, gate)
-
-
-@cli.command()
-def promote(name: Registered = None) -> None:
-    """Judge the challenger on the champion's test rows, once, and make it champion if it is shown to be better."""
-    from flows.gate import judge_challenger, lines
-
-    params = _params()
-    for line in lines(judge_challenger(params, name or params.registry.name)):
-        print(line)
-
-
-@cli.command()
-def rollback(
-    reason: Annotated[str, typer.Option(help="Why; kept with the version that loses the name.")],
-    name: Registered = None,
-) -> None:
-    """Make the champion before this one champion again."""
-    from flows.gate import return_champion
-
-    print(return_champion(name or _params().registry.name, reason))
 
 
 @cli.command()
@@ -212,15 +158,6 @@ def adopt(
 
     written = bring(checkout(), run, force)
     print(f"adopted {run}: {', '.join(str(path) for path in written)}, and the outs of dvc.lock")
-
-
-def _params() -> Params:
-    """params.yaml of the checkout, checked."""
-    from cola_core.config.params import check_params
-    from cola_core.config.reading import read_yaml
-    from flows.snapshot import checkout
-
-    return check_params(read_yaml(checkout() / "params.yaml"))
 
 
 def main(arguments: list[str] | None = None) -> int:
