@@ -9,8 +9,10 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from scipy import stats
 
 from cola_core.errors import UserError
+from cola_core.study.compare import scores
 from cola_core.study.report.blocks import Block, Details, Drawing, Heading, Table, Text, write_html, write_markdown
 from cola_core.study.report.findings import Findings
 from cola_core.study.report.page import report
@@ -84,7 +86,37 @@ def test_before_any_cell_was_scored_there_is_a_report_of_the_sweep() -> None:
     swept = [r for r in results(made, {}) if r.cell.phase == "sweep"]
     told = [block.text for block in report(Findings(made, swept, {}), "") if isinstance(block, Heading)]
     assert "Learning rates" in told
-    assert "Test accuracy" not in told
+    assert "Test accuracy" not in told and "What can be seen" in told
+
+
+def test_a_study_without_fresh_seeds_looks_at_validation_data_alone() -> None:
+    made = design(seeds=[])
+    told = list(report(Findings(made, results(made, {}), {}), ""))
+    assert "What can be seen" not in [block.text for block in told if isinstance(block, Heading)]
+    assert any("no test row is scored" in block.text for block in told if isinstance(block, Text))
+
+
+def test_the_best_validation_loss_stands_beside_the_baselines() -> None:
+    made = design()
+    found = results(made, {})
+    for one in found:
+        if one.cell.group.recipe == "gora" and one.cell.group.task == "two":
+            one.content["validation_loss"] -= 0.25  # type: ignore[index]
+    told = list(report(Findings(made, found, {}), ""))
+    (table,) = (b for b in told if isinstance(b, Table) and "tuned" in b.head)
+    rows = {row[0]: row for row in table.rows}
+    assert rows["gora"][3:] == ["-0.1250", "0.500 at 0.001", "0.250 at 0.001"]
+    assert rows["lora"][3:] == ["", "0.500 at 0.001", "0.500 at 0.001"]
+
+
+def test_along_a_count_the_differences_are_those_of_blocks() -> None:
+    """What all recipes share on a seed is much wider than what they differ by."""
+    table = next(b for b in blocks() if isinstance(b, Table) and b.head[:1] == ["family"])
+    found = scores(made := design(), results(made, {"gora": 0.02}), "accuracy")
+    mine, theirs = ([score for _, score in sorted(found[recipe].items())] for recipe in ("wide", "lora"))
+    low, high = stats.ttest_rel(mine, theirs).confidence_interval(0.95)
+    row = next(row for row in table.rows if row[1] == "2")
+    assert row[-1].endswith(f"[{low:+.4f}, {high:+.4f}]")
 
 
 def test_several_models_stand_side_by_side_even_where_their_modules_differ() -> None:

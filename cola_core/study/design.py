@@ -124,8 +124,8 @@ class Design(Strict):
     """The whole file.
 
     out: folder of records and report, relative to the checkout; set: overrides of every cell; seeds: fresh ones, scored
-    on the test rows; expected: what is expected and what would refute it, written before the first cell; families:
-    name -> {count: recipe}, drawn along that count, which `across` names.
+    on the test rows, none = a look at validation data alone; expected: what is expected and what would refute it, written
+    before the first cell; families: name -> {count: recipe}, drawn along that count, which `across` names.
     """
 
     name: Name
@@ -138,7 +138,7 @@ class Design(Strict):
     tasks: dict[Name, TaskArm] = Field(min_length=1)
     recipes: dict[Name, RecipeArm] = Field(min_length=1)
     sweep: Sweep
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[int]
     budget: Budget
     tests: Tests
     families: dict[str, dict[int, str]] = Field(default={})

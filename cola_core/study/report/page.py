@@ -26,7 +26,8 @@ def report(findings: Findings, said: str) -> Iterator[Block]:
     yield Heading("What was expected")
     yield Text(design.expected)
     yield from set_up(findings)
-    yield from sight(findings)
+    if design.seeds:
+        yield from sight(findings)
     for section in (accuracy, loss, examples, along, robust, chain, ranks, cost) if findings.tests else (robust,):
         yield from section(findings)
     yield from cells(findings)

@@ -19,12 +19,16 @@ def set_up(findings: Findings) -> Iterator[Block]:
     design = findings.design
     yield Heading("Set-up")
     swept, fresh = len(design.sweep.seeds), len(design.seeds)
+    scored = (
+        f"the test rows are the same for every seed, and are scored by {fresh} fresh seeds at the chosen rate alone"
+        if fresh
+        else "no test row is scored: this is a look at validation data"
+    )
     charged = " A probe's rows are paid for with one and a half training rows each." if design.budget.charge else ""
     yield Text(
         f"Every cell trains {design.budget.steps} optimizer steps in all, whatever its number of links.{charged} Each "
         f"recipe's learning rate is chosen on each task by validation loss ({swept} seed{'s' * (swept > 1)} that no "
-        "test score uses), from a grid that is extended while the best stands at its end; the test rows are the same "
-        f"for every seed, and are scored by {fresh} fresh seeds at the chosen rate alone."
+        f"test score uses), from a grid that is extended while the best stands at its end; {scored}."
     )
     yield Text(_origin(findings))
     yield Table(["model", "what it is"], [[name, arm.note] for name, arm in design.models.items()], wide=[1])
