@@ -124,8 +124,8 @@ class Design(Strict):
     """The whole file.
 
     out: folder of records and report, relative to the checkout; set: overrides of every cell; seeds: fresh ones, scored
-    on the test rows, none = a look at validation data alone; expected: what is expected and what would refute it, written
-    before the first cell; families: name -> {count: recipe}, drawn along that count, which `across` names.
+    on the test rows, none = a look at validation data alone; expected: what is, and what would refute it, written before
+    the first cell; families: name -> {count: recipe}, drawn along that count, which `across` names.
     """
 
     name: Name
