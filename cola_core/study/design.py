@@ -124,7 +124,7 @@ class Design(Strict):
     """The whole file.
 
     out: folder of records and report, relative to the checkout; set: overrides of every cell; seeds: fresh ones, scored
-    on the test rows, none = a look at validation data alone; expected: what is, and what would refute it, written before
+    on the test rows, none = a look at validation data alone; expected: what is, what would refute it, written before
     the first cell; families: name -> {count: recipe}, drawn along that count, which `across` names.
     """
 
