@@ -140,11 +140,14 @@ def test_a_test_set_is_used_up(checkout: Path) -> None:  # noqa: F811
 
 def test_what_earlier_uses_spent_counts_however_the_level_is_shared_now(checkout: Path) -> None:  # noqa: F811
     train(checkout, 1, right(11))
-    judged(QUICK.model_copy(update={"uses": 4}))
-    train(checkout, 2, right(60))
-    with pytest.raises(UserError, match=r"spent 0\.0125 of promote\.level 0\.05, and another use costs 0\.05"):
-        judged(QUICK.model_copy(update={"uses": 1}))
-    assert judged(QUICK.model_copy(update={"uses": 2})).use == 2
+    judged(QUICK.model_copy(update={"uses": 2}))
+    thirds = QUICK.model_copy(update={"uses": 3})
+    train(checkout, 2, right(11))
+    assert judged(thirds).use == 2
+    train(checkout, 3, right(60))
+    with pytest.raises(UserError, match=r"spent 0\.0417 of promote\.level 0\.05, and another use costs 0\.0167"):
+        judged(thirds)
+    assert judged(QUICK.model_copy(update={"uses": 10})).use == 3
 
 
 def test_cut_off_before_the_alias_moves_the_next_call_moves_it_without_another_use(
