@@ -1,4 +1,4 @@
-"""How recipes behave: learning rates, losses over the chain, ranks, gaps, cost; and every cell with its command."""
+"""How recipes behave: losses over the chain, ranks, gaps, cost; and every cell with its command."""
 
 from __future__ import annotations
 
@@ -7,66 +7,15 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from statistics import fmean
 
-from cola_core.study.design import Group
 from cola_core.study.report.blocks import Block, Details, Drawing, Heading, Table, Text
-from cola_core.study.report.figures import draw_curves, draw_losses, draw_ranks
+from cola_core.study.report.figures import draw_losses, draw_ranks
 from cola_core.study.report.findings import Findings
 from cola_core.study.results import Result
-from cola_core.study.sweep import curves
-from cola_core.study.traits import NEAR, Spending, Usable, agreement
+from cola_core.study.traits import Spending, agreement
 
-__all__ = ["cells", "chain", "cost", "ranks", "robust"]
+__all__ = ["cells", "chain", "cost", "ranks"]
 
 KINDS = ("links", "seeds", "tasks")
-
-
-def robust(findings: Findings) -> Iterator[Block]:
-    """What learning rates a recipe takes, and what an untuned one costs."""
-    design, found = findings.design, findings.usable
-    if not found:
-        return
-    yield Heading("Learning rates")
-    default = design.sweep.default
-    yield Text(
-        f"From the sweep, by validation loss. Usable decades: the widest range of neighbouring rates within {NEAR:g} "
-        "nats of the best (≥ where it ends with the trials, so it may be wider); untuned: the loss above the best at "
-        f"{f'{default:g}' if default else 'no rate in particular'}; tuned: the best loss beside that of "
-        f"`{design.tests.baseline}`. Means over tasks; then the best loss on each task, and its rate, which was chosen."
-    )
-    panels = {panel: name for panel, name in findings.panels.items() if any((g.model, g.task) == panel for g in found)}
-    swept = curves(design, findings.results)
-    head = ["recipe", "usable decades", "untuned", "tuned", *panels.values()]
-    rows = []
-    for recipe in design.recipes:
-        mine = {(group.model, group.task): each for group, each in found.items() if group.recipe == recipe}
-        over = [each.default for each in mine.values() if each.default is not None]
-        best = [
-            f"{swept[Group(*p, recipe)][mine[p].rate]:.3f} at {_rate(mine[p])}" if p in mine else "" for p in panels
-        ]
-        wider = "≥ " * any(each.open for each in mine.values())
-        spans = f"{wider}{fmean(each.decades for each in mine.values()):.2f}" if mine else ""
-        rows.append([recipe, spans, f"{fmean(over):.4f}" if over else "", _beside(findings, recipe), *best])
-    yield Table(head, rows)
-    if any(each.edge for each in found.values()):
-        yield Text("* still at the end of all rates that were tried.")
-    groups = {name: [g for g in found if (g.model, g.task) == panel] for panel, name in panels.items()}
-    lines = {name: {g.recipe: swept[g] for g in mine} for name, mine in groups.items()}
-    dots = {name: {g.recipe: found[g].rate for g in mine} for name, mine in groups.items()}
-    yield Drawing("rates", draw_curves(lines, dots), "Validation loss of the sweep; a dot where the rate was chosen.")
-
-
-def _rate(found: Usable) -> str:
-    return f"{found.rate:g}{'*' * found.edge}"
-
-
-def _beside(findings: Findings, recipe: str) -> str:
-    """The best validation loss beside the baseline's, mean over the panels of both."""
-    swept, baseline, differences = curves(findings.design, findings.results), findings.design.tests.baseline, []
-    for panel in findings.panels:
-        mine, theirs = Group(*panel, recipe), Group(*panel, baseline)
-        if mine in findings.usable and theirs in findings.usable:
-            differences.append(min(swept[mine].values()) - min(swept[theirs].values()))
-    return f"{fmean(differences):+.4f}" if differences and recipe != baseline else ""
 
 
 def chain(findings: Findings) -> Iterator[Block]:

@@ -21,6 +21,7 @@ h1{font-size:1.9rem;line-height:1.2}h2{margin-top:2.6rem;border-bottom:1px solid
 table{border-collapse:collapse;font:13.5px/1.45 system-ui,sans-serif;margin:1rem 0;display:block;overflow-x:auto}
 td,th{padding:.22rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{border-bottom:2px solid var(--ink);vertical-align:bottom}td:first-child,th:first-child{text-align:left}
+th.wide{text-align:left}
 td.wide{white-space:normal;text-align:left;min-width:16rem}
 figure{margin:1.4rem 0}figcaption{color:var(--faint);font-size:.9rem}svg{max-width:100%;height:auto}
 code{font:.85em ui-monospace,monospace}summary{cursor:pointer;color:var(--faint)}
@@ -108,11 +109,13 @@ def _inline(text: str) -> str:
 
 
 def _html_table(block: Table) -> str:
-    head = "".join(f"<th>{_inline(text)}" for text in block.head)
-    rows = (
-        "".join(f"<td{' class=wide' * (i in block.wide)}>{_inline(t)}" for i, t in enumerate(r)) for r in block.rows
-    )
-    return f"<table><thead><tr>{head}<tbody>" + "".join(f"<tr>{row}" for row in rows) + "</table>"
+    head = _html_row("th", block.head, block.wide)
+    rows = "".join(f"<tr>{_html_row('td', row, block.wide)}" for row in block.rows)
+    return f"<table><thead><tr>{head}<tbody>{rows}</table>"
+
+
+def _html_row(tag: str, row: Sequence[str], wide: Sequence[int]) -> str:
+    return "".join(f"<{tag}{' class=wide' * (i in wide)}>{_inline(text)}" for i, text in enumerate(row))
 
 
 def _html_drawing(block: Drawing) -> str:

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from cola_core.study.compare import Estimate
@@ -39,7 +40,10 @@ def draw_forest(rows: Sequence[tuple[str, Estimate]], margin: float, what: str) 
 def draw_curves(
     panels: Mapping[str, Mapping[str, Mapping[float, float]]], chosen: Mapping[str, Mapping[str, float]]
 ) -> str:
-    """Validation loss against the learning rate: one panel a task, one line a recipe, a dot where it was chosen."""
+    """Validation loss against the learning rate: one panel a task, one line a recipe, a dot where it was chosen.
+
+    The highest sixth of a panel's losses leaves it upwards: one rate that diverged would flatten all else.
+    """
     recipes = sorted({recipe for lines in panels.values() for recipe in lines})
     figure = _figure(10, 2.9 * math.ceil(len(panels) / 3) + 0.5)
     grid = figure.subplots(math.ceil(len(panels) / 3), 3, squeeze=False)
@@ -50,6 +54,10 @@ def draw_curves(
             axes.plot(list(shown), list(shown.values()), color=colour, lw=1.2, label=recipe)
             if (rate := chosen[task].get(recipe)) in shown:
                 axes.plot(rate, shown[rate], "o", color=colour, ms=4.5)
+        losses = [loss for curve in lines.values() for loss in curve.values() if math.isfinite(loss)]
+        low, high = (float(np.quantile(losses, share)) for share in (0.0, 5 / 6)) if losses else (0.0, 0.0)
+        if low < high:
+            axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
         axes.set(xscale="log", title=task, xlabel="learning rate", ylabel="validation loss")
         _bare(axes)
     _without(grid.flat, len(panels))

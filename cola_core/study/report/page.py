@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cola_core.study.report.behaviour import cells, chain, cost, ranks, robust
+from cola_core.study.report.behaviour import cells, chain, cost, ranks
 from cola_core.study.report.blocks import Block, Heading, Text
 from cola_core.study.report.findings import Findings
 from cola_core.study.report.outcomes import accuracy, along, examples, loss
+from cola_core.study.report.rates import robust
 from cola_core.study.report.setting import set_up, sight
 
 __all__ = ["report"]
