@@ -220,26 +220,6 @@ def test_the_form_offers_the_choices_of_conf(server: str) -> None:
     assert not cola_pipeline.parameters.required
 
 
-def test_a_schedule_starts_a_run_of_the_last_commit_by_itself(server: str, tmp_path: Path) -> None:
-    """With SQLAlchemy 2.1 nothing is ever scheduled, while the UI says Ready."""
-    root = make(tmp_path)
-    (root / "params.yaml").write_text("broken: by hand, and not committed")
-    command = [sys.executable, "-m", "flows.cli", "serve", "--name", "often", "--every", "5"]
-    log = (tmp_path / "serve.log").open("w")
-    process = subprocess.Popen(
-        command, cwd=root, env=_variables(root, server), start_new_session=True, stdout=log, stderr=subprocess.STDOUT
-    )
-    scheduled = {"flow_runs": {"deployment_id": {"is_null_": False}, "state": {"type": {"any_": ["COMPLETED"]}}}}
-    try:
-        runs = until(lambda: [r for r in _post(server, "/flow_runs/filter", scheduled) if r["auto_scheduled"]], 150)
-    except TimeoutError:
-        pytest.fail((tmp_path / "serve.log").read_text()[-3000:])
-    finally:
-        end(process)
-    assert runs[0]["name"] == "cola_gora/r8/seed0" and set(ran(root)) == set(STAGES)
-    assert ran(root).count("fetch") == 1, "later runs of the same commit find everything cached"
-
-
 def test_prefect_yaml_deploys_to_a_process_pool(project: Path, server: str, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     environment = _variables(project, server)
