@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cola_core.errors import UserError
 from cola_core.study.design import Cell, Design
 from cola_core.study.results import Result
-from cola_core.study.sweep import choose, counted, curves, wanted
+from cola_core.study.sweep import choose, counted, current, curves, wanted
 from tests.studies import design, result
 
 GRID = [1e-4, 1e-3, 1e-2]
@@ -105,6 +105,19 @@ def test_another_seed_or_recipe_asks_for_its_own_cells_alone() -> None:
     assert {(cell.phase, cell.seed) for cell in more} == {("test", 7)}
     recipes = {**made.model_dump()["recipes"], "new": {"set": []}}
     assert {cell.group.recipe for cell in wanted(design(recipes=recipes), found)} == {"new"}
+
+
+def test_what_was_scored_is_not_scored_again_where_the_same_rate_is_chosen_by_more_seeds_or_rates() -> None:
+    made = design()
+    found = run(made, best=1e-3)
+    for sweep in ({"learning_rates": GRID, "seeds": [100, 101]}, {"learning_rates": [1e-5, *GRID], "seeds": [100]}):
+        wider = design(sweep=sweep)
+        known = current(wider, found)
+        assert {cell.phase for cell in wanted(wider, known)} == {"sweep"}
+        for cell in list(wanted(wider, known)):
+            known.append(result(cell, 0.8, loss=1 + math.log10(cell.learning_rate / 1e-3) ** 2))
+        assert not list(wanted(wider, known))
+        assert counted(wider, known) == known
 
 
 def test_optuna_proposes_the_same_rates_again_and_ends() -> None:

@@ -13,7 +13,7 @@ from cola_core.errors import UserError
 from cola_core.study.design import Cell, Design, Group, Sweep
 from cola_core.study.results import Result
 
-__all__ = ["Choice", "choose", "counted", "curves", "wanted"]
+__all__ = ["Choice", "choose", "counted", "current", "curves", "wanted"]
 
 Curve = Mapping[float, float]  # learning rate -> validation loss, mean over the sweep's seeds
 ALONE = math.sqrt(10.0)  # the factor of a grid of one rate
@@ -50,10 +50,18 @@ def wanted(design: Design, results: Iterable[Result]) -> Iterator[Cell]:
                 yield cell
 
 
+def current(design: Design, results: Iterable[Result]) -> list[Result]:
+    """The results of the study's groups and seeds as they are now, tests at rates that are no longer chosen too.
+
+    A further sweep seed or rate leaves the choice open for a while, after which they may count again.
+    """
+    groups, seeds = set(design.groups()), {"sweep": set(design.sweep.seeds), "test": set(design.seeds)}
+    return [r for r in results if r.cell.group in groups and r.cell.seed in seeds[r.cell.phase]]
+
+
 def counted(design: Design, results: Iterable[Result]) -> list[Result]:
     """The results that the study as it is now would make: its groups, its seeds, and tests at chosen rates alone."""
-    groups, seeds = set(design.groups()), {"sweep": set(design.sweep.seeds), "test": set(design.seeds)}
-    mine = [r for r in results if r.cell.group in groups and r.cell.seed in seeds[r.cell.phase]]
+    mine = current(design, results)
     rates = {g: choose(design.sweep, design.rates(g.recipe), c).rate for g, c in curves(design, mine).items()}
     return [r for r in mine if r.cell.phase == "sweep" or r.cell.learning_rate == rates[r.cell.group]]
 

@@ -50,12 +50,13 @@ class Board:
     def _missing(self) -> Counter[Group]:
         """Cells of every group that have no result, as far as is known now."""
         design = self.design
-        done = Counter((r.cell.group, r.cell.phase) for r in self.results)
+        swept = Counter(r.cell.group for r in self.results if r.cell.phase == "sweep")
+        tested = Counter((r.cell.group, r.cell.learning_rate) for r in self.results if r.cell.phase == "test")
         missing: Counter[Group] = Counter()
         for group, curve in curves(design, self.results).items():
             choice = choose(design.sweep, design.rates(group.recipe), curve)
-            swept = (len(curve) + len(choice.missing)) * len(design.sweep.seeds)
-            missing[group] = swept - done[group, "sweep"] + len(design.seeds) - done[group, "test"]
+            sweep = (len(curve) + len(choice.missing)) * len(design.sweep.seeds)
+            missing[group] = sweep - swept[group] + len(design.seeds) - tested[group, choice.rate]
         return missing
 
     def _left(self) -> str:

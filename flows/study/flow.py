@@ -27,7 +27,7 @@ from cola_core.files import scratch, tree_hash
 from cola_core.locks import try_lock
 from cola_core.study.design import Cell, Design, Group, read_design
 from cola_core.study.results import Result, read_results, result_file
-from cola_core.study.sweep import counted, wanted
+from cola_core.study.sweep import counted, current, wanted
 from flows.compose import defaults
 from flows.posting import post
 from flows.server import reported, stoppable
@@ -100,13 +100,13 @@ class _Study:
         until = time.monotonic() + hours * 3600 if hours is not None else float("inf")
         folder = self.root / self.design.out
         self._set_aside(folder)
-        results = counted(self.design, read_results(folder))
+        results = current(self.design, read_results(folder))
         size = self._size()
         with Pool(self.orders.code, self.root, size) as pool:
             self._tell_estimate(results, pool, size, hours)
             trouble = self._cells(Board(self.design, results, size), pool, until)
         post(self.root)
-        page = write_report(self.design, self.root) if results else None
+        page = write_report(self.design, self.root) if counted(self.design, results) else None
         if trouble is not None:
             return Failed(message=str(trouble), data=trouble)
         shared = home() / "studies"
