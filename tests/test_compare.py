@@ -109,6 +109,8 @@ def test_absence_is_told_of_all_recipes_at_once_or_not() -> None:
     assert alone.wide == alone.difference == one.difference
     assert one.wide.low < one.difference.low and one.wide.high > one.difference.high
     assert two.wide.n == 10
+    alike = Estimate(0.005, 0.005, 0.005, 2)
+    assert Comparison("gora", alike, alike, 0.0, 1.0, 1.0).verdict(made.tests) == "cannot tell"
     inside, beyond = Estimate(0.0, -0.009, 0.009, 10), Estimate(0.0, -0.011, 0.011, 10)
     for wide, told in ((inside, "no difference beyond 1 point"), (beyond, "cannot tell")):
         assert Comparison("gora", inside, wide, 0.01, 0.5, 1.0).verdict(made.tests) == told

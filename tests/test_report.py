@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -16,7 +17,7 @@ from cola_core.study.compare import scores
 from cola_core.study.report.blocks import Block, Details, Drawing, Heading, Table, Text, write_html, write_markdown
 from cola_core.study.report.findings import Findings
 from cola_core.study.report.page import report
-from cola_core.study.results import read_packed, read_results, result_file, write_packed
+from cola_core.study.results import Result, read_packed, read_results, result_file, write_packed
 from tests.studies import design, results
 
 SAID = "## What it shows\n\nLittle, and `gora` **most**.\n\n- one thing\n- another"
@@ -107,6 +108,49 @@ def test_the_best_validation_loss_stands_beside_the_baselines() -> None:
     assert {row[0]: row[3] for row in table.rows} == {"lora": "", "gora": "-0.1250", "wide": "+0.0000"}
     (each,) = (b for b in told if isinstance(b, Table) and b.rows[0][1:2] == ["0.500 at 0.001"])
     assert each.rows[1] == ["gora", "0.500 at 0.001", *["0.250 at 0.001"] * 2]
+
+
+def test_tasks_where_nothing_is_learnt_are_told_and_left_out_beside() -> None:
+    made = design(tasks={"one": {"set": []}, "two": {"set": []}})
+    found = results(made, {"gora": 0.02})
+    for one in found:
+        one.content["majority"] = {"accuracy": 0.9 if one.cell.group.task == "two" else 0.3}  # type: ignore[index]
+    findings = Findings(made, found, {})
+    told = list(report(findings, ""))
+    assert findings.learnt == [("tiny", "one")]
+    assert any("noise: one; not learnt: two (" in b.text for b in told if isinstance(b, Text))
+    (headline,) = (b for b in told if isinstance(b, Table) and "mean" in b.head)
+    assert headline.rows[:2] == [
+        ["base model, fitted head", "40.0", "40.0", "", "", "", ""],
+        ["majority class", "30.0", "90.0", "", "", "", ""],
+    ]
+    (table,) = (b for b in told if isinstance(b, Table) and "over task means" in b.head)
+    by, gora = scores(made, found, "accuracy"), next(row for row in table.rows if row[0] == "gora")
+    differences = {block: 100 * (score - by["lora"][block]) for block, score in by["gora"].items()}
+    one, two = ([d for (_, task, _), d in sorted(differences.items()) if task == name] for name in ("one", "two"))
+    for column, values in ((1, one + two), (2, one), (4, [fmean(one), fmean(two)])):
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert gora[column] == f"{fmean(values):+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def test_a_report_of_cells_without_a_score_or_calibration_is_written() -> None:
+    made = design()
+    found = results(made, {})
+    for one in found:
+        one.content.get("metrics", {}).pop("calibration_error", None)
+    table = next(
+        b for b in report(Findings(made, found, {}), "") if isinstance(b, Table) and "calibration error" in b.head
+    )
+    assert {row[5] for row in table.rows} == {""}
+    failed = [
+        Result(r.cell, {**r.content, "failed": "diverged", "metrics": {}})
+        if r.cell.phase == "test" and r.cell.group.task == "one"
+        else r
+        for r in results(made, {})
+    ]
+    assert list(report(Findings(made, failed, {}), ""))
+    with pytest.raises(UserError, match="none counts in the mean"):
+        design(tasks={"one": {"set": [], "headline": False}})
 
 
 def test_along_a_count_the_differences_are_those_of_blocks() -> None:

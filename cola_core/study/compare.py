@@ -58,7 +58,8 @@ class Comparison:
         if self.holm < tests.level:
             return "better" if (self.difference.mean > 0) == rising else "worse"
         inside = max(abs(self.wide.low), abs(self.wide.high)) <= tests.margin
-        return f"no difference beyond {100 * tests.margin:g} point" if rising and inside else "cannot tell"
+        spread = self.sd > 0  # blocks that all differ alike tell nothing of what others would
+        return f"no difference beyond {100 * tests.margin:g} point" if rising and inside and spread else "cannot tell"
 
 
 def scores(design: Design, results: Iterable[Result], metric: str, headline: bool = True) -> Scores:

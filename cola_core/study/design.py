@@ -156,6 +156,8 @@ class Design(Strict):
             for recipe in family.values():
                 if recipe not in self.recipes:
                     raise ValueError(f"families: {recipe!r}{suggest(recipe, self.recipes)}")
+        if not any(task.headline for task in self.tasks.values()):
+            raise ValueError("tasks: none counts in the mean; let one have headline: true")
         if self.tests.baseline not in self.recipes:
             raise ValueError(f"tests.baseline: {self.tests.baseline!r}{suggest(self.tests.baseline, self.recipes)}")
         return self

@@ -117,7 +117,8 @@ def cells(findings: Findings) -> Iterator[Block]:
     failed = sum(result.failed for result in findings.results)
     yield Text(
         f"{len(findings.results)} cells, {failed} of which failed to train. Each command runs a cell again under DVC "
-        "and gives the same adapter on the same kind of processor; links lead to MLflow runs while `cola ui` is up."
+        "and gives the same adapter with the same code on the same kind of processor; links lead to MLflow runs while "
+        "`cola ui` is up."
     )
     for recipe in findings.design.recipes:
         mine = [result for result in findings.results if result.cell.group.recipe == recipe]

@@ -6,16 +6,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 
-from cola_core.study.compare import Comparison, compare, scores
+from cola_core.study.compare import Comparison, compare, estimate, scores
 from cola_core.study.design import Cell, Design, Group
 from cola_core.study.results import Result
 from cola_core.study.sweep import curves
 from cola_core.study.traits import Spending, Usable, spending, usable
 
-__all__ = ["Findings", "Panel"]
+__all__ = ["IDLE", "Findings", "Panel"]
 
 Panel = tuple[str, str]  # model, task
+IDLE = {"base": "base model, fitted head", "majority": "majority class"}  # what answers without training
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,37 @@ class Findings:
         baseline = self.design.tests.baseline
         return [name for name, arm in self.design.recipes.items() if not arm.control and name != baseline]
 
-    def comparisons(self, metric: str) -> list[Comparison]:
-        """Every recipe against the baseline over headline tasks: the tested ones under Holm, controls by themselves."""
-        found, tests = scores(self.design, self.results, metric), self.design.tests
+    @cached_property
+    def same_rows(self) -> bool:
+        """Whether the cells of every panel were scored on the same rows, whatever their seed."""
+        rows = {((r.cell.group.model, r.cell.group.task), str(r.content.get("rows"))) for r in self.tests}
+        return len(rows) == len({panel for panel, _ in rows})
+
+    @cached_property
+    def learnt(self) -> list[Panel]:
+        """Panels in the mean where training is of use: more right answers than the base's and the majority class's.
+
+        By the mean over all recipes, seed by seed, with its t interval. Elsewhere recipes differ by noise alone.
+        """
+        return [p for p in self.panels if self.design.tasks[p[1]].headline and self._learnt(p)]
+
+    def _learnt(self, panel: Panel) -> bool:
+        gains: dict[int, list[float]] = {}
+        for result in self.tests:
+            if (result.cell.group.model, result.cell.group.task) == panel:
+                idle = max(result.content[name]["accuracy"] for name in IDLE if name in result.content)
+                gains.setdefault(result.cell.seed, []).append(result.metrics["accuracy"] - idle)
+        means = [fmean(each) for each in gains.values()]
+        return bool(means) and estimate(means, self.design.tests.level).low > 0
+
+    def comparisons(self, metric: str, panels: Sequence[Panel] | None = None) -> list[Comparison]:
+        """Every recipe against the baseline over headline tasks: the tested ones under Holm, controls by themselves.
+
+        Args:
+            panels: over these alone.
+        """
+        mine = [r for r in self.results if panels is None or (r.cell.group.model, r.cell.group.task) in panels]
+        found, tests = scores(self.design, mine, metric), self.design.tests
         controls = [name for name, arm in self.design.recipes.items() if arm.control and name != tests.baseline]
         return compare(tests, found, self.compared) + compare(tests, found, controls)
 

@@ -9,7 +9,7 @@ from cola_core.study.compare import Block as Place
 from cola_core.study.compare import Comparison, Estimate, block_of, estimate, over_rows, scores
 from cola_core.study.report.blocks import Block, Drawing, Heading, Table, Text
 from cola_core.study.report.figures import draw_forest, draw_steps
-from cola_core.study.report.findings import Findings, Panel
+from cola_core.study.report.findings import IDLE, Findings, Panel
 from cola_core.study.results import Result
 
 __all__ = ["accuracy", "along", "examples", "loss"]
@@ -20,25 +20,40 @@ def accuracy(findings: Findings) -> Iterator[Block]:
     design, level = findings.design, findings.design.tests.level
     found = scores(design, findings.results, "accuracy", headline=False)
     against = {each.recipe: each for each in findings.comparisons("accuracy")}
+    most = max((each.difference.n for each in against.values()), default=0)
     yield Heading("Test accuracy")
     yield Text(
         f"Per cent, mean over seeds with {100 * (1 - level):g} % t intervals; the difference from "
         f"`{design.tests.baseline}` is over blocks of the tasks in the mean. Rows marked with what they spent "
-        "otherwise are no equal comparison; a mean stands where all tasks in it were run. p after Holm; of controls "
-        "among themselves."
+        "otherwise are no equal comparison; a mean stands where all tasks in it were run, and a difference over fewer "
+        "blocks than others says how many. A cell that failed to train counts as its base model, with its fitted head. "
+        "p after Holm; of controls among themselves."
     )
     head = ["recipe", *findings.panels.values(), "mean", "difference", "p", "verdict"]
-    rows = []
+    rows = [[title, *_idle(findings, name), "", "", "", ""] for name, title in IDLE.items()]
     for recipe in design.recipes:
         cells = [_scored(found[recipe], panel, level) for panel in findings.panels]
         counted = [s for (_, task, _), s in found[recipe].items() if design.tasks[task].headline]
-        mean = f"{100 * fmean(counted):.2f}" if findings.whole(recipe) else ""
-        rows.append([_marked(findings, recipe), *cells, mean, *_against(against.get(recipe), findings)])
+        mean = f"{100 * fmean(counted):.2f}" if counted and findings.whole(recipe) else ""
+        rows.append([_marked(findings, recipe), *cells, mean, *_against(against.get(recipe), findings, most)])
     yield Table(head, rows)
     if against:
         forest = [(name, each.difference) for name, each in against.items()]
         svg = draw_forest(forest, design.tests.margin, f"accuracy - {design.tests.baseline}, points")
         yield Drawing("forest", svg, "Mean difference over blocks with its interval; the band is the margin.")
+
+
+def _idle(findings: Findings, name: str) -> list[str]:
+    """On every panel, the mean accuracy of what answers without training."""
+    each = [
+        [
+            r.content[name]["accuracy"]
+            for r in findings.tests
+            if (r.cell.group.model, r.cell.group.task) == panel and name in r.content
+        ]
+        for panel in findings.panels
+    ]
+    return [f"{100 * fmean(values):.1f}" if values else "" for values in each]
 
 
 def _marked(findings: Findings, recipe: str) -> str:
@@ -62,13 +77,13 @@ def _interval(found: Estimate, scale: float = 100.0, digits: int = 1) -> str:
     return f"{mean} [{low}, {high}]" if found.n > 1 else mean
 
 
-def _against(found: Comparison | None, findings: Findings, rising: bool = True) -> list[str]:
+def _against(found: Comparison | None, findings: Findings, most: int, rising: bool = True) -> list[str]:
     if found is None:
         return ["", "", ""]
-    signed = Estimate(found.difference.mean, found.difference.low, found.difference.high, found.difference.n)
+    fewer = f", {found.difference.n} blocks" if found.difference.n < most else ""
     scale, digits = (100.0, 2) if rising else (1.0, 4)
     verdict = found.verdict(findings.design.tests, rising) if found.recipe in findings.compared else "control"
-    return [_interval(signed, scale, digits), f"{found.holm:.3f}", verdict]
+    return [_interval(found.difference, scale, digits) + fewer, f"{found.holm:.3f}", verdict]
 
 
 def loss(findings: Findings) -> Iterator[Block]:
@@ -81,14 +96,15 @@ def loss(findings: Findings) -> Iterator[Block]:
     )
     names = {"loss": "test loss", "calibration_error": "calibration error"}
     against = {metric: {c.recipe: c for c in findings.comparisons(metric)} for metric in names}
+    most = max((c.difference.n for found in against.values() for c in found.values()), default=0)
     rows = []
     for recipe in design.recipes:
         row = [recipe]
         for metric in names:
             values = list(scores(design, findings.results, metric)[recipe].values())
             row += [
-                f"{fmean(values):.4f}" if findings.whole(recipe) else "",
-                *_against(against[metric].get(recipe), findings, False),
+                f"{fmean(values):.4f}" if values and findings.whole(recipe) else "",
+                *_against(against[metric].get(recipe), findings, most, False),
             ]
         rows.append(row)
     yield Table(["recipe", *(x for name in names.values() for x in (name, "difference", "p", "verdict"))], rows)
@@ -102,13 +118,13 @@ def examples(findings: Findings) -> Iterator[Block]:
         if recipe != design.tests.baseline:
             cells = [_over_rows(findings, panel, recipe, level) for panel in findings.panels]
             rows += [[recipe, *cells]] if any(cells) else []
-    if not rows:
+    if not rows or not findings.same_rows:
         return
     yield Heading("The same rows, model against model")
     yield Text(
         f"Points of accuracy beside `{design.tests.baseline}`, each row's answer averaged over the seeds that both "
-        f"have, with {100 * (1 - level):g} % intervals of the paired bootstrap over test rows: how far these models "
-        "differ, whatever other seeds would give. Not corrected for their number."
+        f"have trained, with {100 * (1 - level):g} % intervals of the paired bootstrap over test rows: how far these "
+        "models differ, whatever other seeds would give. Not corrected for their number."
     )
     yield Table(["recipe", *findings.panels.values()], rows)
 
@@ -140,8 +156,9 @@ def along(findings: Findings) -> Iterator[Block]:
         }
     yield Heading(f"Along {design.across}")
     yield Text(
-        f"Means over the tasks in the mean and all seeds, and the difference from `{baseline}` over blocks with t "
-        "intervals, which the figure shows; the training loss is that of the last ten steps."
+        "Means over the tasks in the mean and all seeds that trained, and the difference from "
+        f"`{baseline}` over blocks with t intervals, which the figure shows; the training loss is that of the last ten "
+        "steps."
     )
     yield Drawing("along", draw_steps(panels, design.across), f"Difference from {baseline} along the count.")
     rows = [

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from cola_core.study.report.behaviour import cells, chain, cost, ranks
 from cola_core.study.report.blocks import Block, Heading, Text
+from cola_core.study.report.checks import firm
 from cola_core.study.report.findings import Findings
 from cola_core.study.report.outcomes import accuracy, along, examples, loss
 from cola_core.study.report.rates import robust
@@ -29,7 +30,7 @@ def report(findings: Findings, said: str) -> Iterator[Block]:
     yield from set_up(findings)
     if design.seeds:
         yield from sight(findings)
-    for section in (accuracy, loss, examples, along, robust, chain, ranks, cost) if findings.tests else (robust,):
+    for section in (accuracy, firm, loss, examples, along, robust, chain, ranks, cost) if findings.tests else (robust,):
         yield from section(findings)
     yield from cells(findings)
 

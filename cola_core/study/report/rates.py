@@ -26,7 +26,8 @@ def robust(findings: Findings) -> Iterator[Block]:
     yield Heading("Learning rates")
     yield Text(
         f"From the sweep, by validation loss. Usable decades: the widest range of neighbouring rates within {NEAR:g} "
-        "nats of the best (≥ where it ends with the trials, so it may be wider); untuned: the loss above the best at "
+        "nats of the best (≥ where it ends with the trials, so it may be wider; where nothing is learnt, all rates "
+        "are); untuned: the loss above the best at "
         f"{f'{default:g}' if default else 'no rate in particular'}; tuned: the best loss beside that of "
         f"`{design.tests.baseline}`. All three are means over the tasks in the mean."
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from statistics import fmean
 
 from cola_core.study.compare import detectable
+from cola_core.study.design import Sweep
 from cola_core.study.report.blocks import Block, Heading, Table, Text
 from cola_core.study.report.findings import Findings
 
@@ -20,7 +21,8 @@ def set_up(findings: Findings) -> Iterator[Block]:
     yield Heading("Set-up")
     swept, fresh = len(design.sweep.seeds), len(design.seeds)
     scored = (
-        f"the test rows are the same for every seed, and are scored by {fresh} fresh seeds at the chosen rate alone"
+        f"the test rows{' are the same for every seed, and' * findings.same_rows} are scored by {fresh} fresh seeds at "
+        "the chosen rate alone"
         if fresh
         else "no test row is scored: this is a look at validation data"
     )
@@ -28,7 +30,7 @@ def set_up(findings: Findings) -> Iterator[Block]:
     yield Text(
         f"Every cell trains {design.budget.steps} optimizer steps in all, whatever its number of links.{charged} Each "
         f"recipe's learning rate is chosen on each task by validation loss ({swept} seed{'s' * (swept > 1)} that no "
-        f"test score uses), from a grid that is extended while the best stands at its end; {scored}."
+        f"test score uses), from {_grid(design.sweep)}; {scored}."
     )
     yield Text(_origin(findings))
     yield Table(["model", "what it is"], [[name, arm.note] for name, arm in design.models.items()], wide=[1])
@@ -39,6 +41,12 @@ def set_up(findings: Findings) -> Iterator[Block]:
         [n, "baseline" if n == design.tests.baseline else roles[a.control], a.note] for n, a in design.recipes.items()
     ]
     yield Table(["recipe", "role", "what it is"], recipes, wide=[2])
+
+
+def _grid(sweep: Sweep) -> str:
+    if sweep.by == "optuna":
+        return f"{sweep.trials} trials of Optuna's"
+    return f"a grid that is extended while the best stands at its end, at most {sweep.extend} times"
 
 
 def _origin(findings: Findings) -> str:
