@@ -40,9 +40,11 @@ def study(
     from flows.snapshot import checkout
 
     quiet()
+    from flows.study.orders import planning
     from flows.study.writing import write_report
 
-    print(f"written: {write_report(read_design(file), checkout())}")
+    with planning(read_design(file), checkout()) as orders:
+        print(f"written: {write_report(orders, checkout())}")
     return None
 
 

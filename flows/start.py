@@ -70,10 +70,13 @@ def register_winners(file: Path) -> None:
     """
     from cola_core.study.results import read_results
     from cola_core.study.sweep import counted
+    from flows.study.orders import planning
     from flows.study.winners import overrides_of, winners
 
     design = read_design(file)
-    best = list(winners(design, counted(design, read_results(checkout() / design.out))))
+    with planning(design, checkout()) as orders:
+        made = filter(orders.makes, read_results(checkout() / design.out))
+        best = list(winners(design, counted(design, made)))
     if not best:
         raise UserError(f"{design.out}: no recipe has all its seeds yet; run the study first")
     for result in best:

@@ -20,32 +20,30 @@ from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from cola_core.assets.cache import cache_root
 from cola_core.config.reading import read_yaml
 from cola_core.errors import RetryError, UserError, system_told
-from cola_core.files import scratch, tree_hash
+from cola_core.files import tree_hash
 from cola_core.locks import try_lock
 from cola_core.study.design import Cell, Design, Group, read_design
 from cola_core.study.results import Result, read_results, result_file
 from cola_core.study.sweep import counted, current, wanted
-from flows.compose import defaults
 from flows.posting import post
 from flows.server import reported, stoppable
 from flows.slots import pool_size
-from flows.snapshot import checkout, snapshot, unpacked
+from flows.snapshot import checkout
 from flows.study.board import Board, board
 from flows.study.disk import used
 from flows.study.estimate import estimate
 from flows.study.keep import keep
-from flows.study.orders import Orders
+from flows.study.orders import Orders, planning
 from flows.study.pool import Pool
 from flows.study.writing import write_report
 from tasks.places import home
 
 __all__ = ["cola_study"]
 
-CODE = ("cola_core", "tasks", "conf", "dvc.yaml")  # hand edits of params.yaml enter no study
 RETRIES, RETRY_SECONDS = 2, 10.0
+OLD = "superseded"
 DYING = 3.0  # seconds in which a study that was killed lets go of its lock
 State = prefect.State[Any]
 Ended = tuple[Cell, Result | Exception]
@@ -68,13 +66,11 @@ def _attempt(file: Path, hours: float | None) -> State:
         with system_told():
             root = checkout()
             design = read_design(root / file)
-            tree = snapshot(root, False)
             lock = try_lock(home() / "studies" / f"{design.name}.lock", DYING)
             if lock is None:
                 raise RetryError(f"{design.name}: this study is already going; wait for it")
-            with lock, unpacked(root, tree, *CODE) as code, scratch(cache_root(), "study") as looks:
-                (code / "params.yaml").write_text(defaults(code), encoding="utf-8")
-                return _Study(design, root, Orders(design, code, looks)).run(hours)
+            with lock, planning(design, root) as orders:
+                return _Study(design, root, orders).run(hours)
     except (UserError, RetryError) as error:
         return Failed(message=str(error), data=error)
 
@@ -106,7 +102,7 @@ class _Study:
             self._tell_estimate(results, pool, size, hours)
             trouble = self._cells(Board(self.design, results, size), pool, until)
         post(self.root)
-        page = write_report(self.design, self.root) if counted(self.design, results) else None
+        page = write_report(self.orders, self.root) if counted(self.design, results) else None
         if trouble is not None:
             return Failed(message=str(trouble), data=trouble)
         shared = home() / "studies"
@@ -152,14 +148,15 @@ class _Study:
                     get_run_logger().info(shown.ended(outcome))
 
     def _set_aside(self, folder: Path) -> None:
-        """Move results whose parameters are no longer those of the study to `superseded/`: none is lost or counted."""
-        for result in read_results(folder):
-            key = result.content["key"]
-            if result.cell.group not in self.groups or self.orders.plan(result.cell).key != key:
-                get_run_logger().warning("%s: of other parameters than the study has now; set aside", result.cell.name)
-                (folder / "superseded").mkdir(exist_ok=True)
-                file = result_file(folder, result.cell, key)
-                file.replace(folder / "superseded" / file.name)
+        """Keep results whose parameters are not those of the study in `superseded/`, until they are again."""
+        for here, there, made in ((folder / OLD, folder, True), (folder, folder / OLD, False)):
+            for result in read_results(here):
+                if self.orders.makes(result) == made:
+                    told = "taken back" if made else "of other parameters than the study has now; set aside"
+                    get_run_logger().warning("%s: %s", result.cell.name, told)
+                    (there / "cells").mkdir(parents=True, exist_ok=True)
+                    file = result_file(here, result.cell, result.content["key"])
+                    file.replace(there / "cells" / file.name)
 
     @cached_property
     def groups(self) -> set[Group]:

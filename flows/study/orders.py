@@ -7,6 +7,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,18 +15,22 @@ from typing import Any
 
 import yaml
 
+from cola_core.assets.cache import cache_root
 from cola_core.config.params import Params, check_params, knot_of
 from cola_core.config.reading import load_yaml
 from cola_core.errors import UserError
-from cola_core.files import new_file, tree_hash
+from cola_core.files import new_file, scratch, tree_hash
 from cola_core.study.design import PROBE_ROW, Cell, Design, Group
-from flows.compose import compose
+from cola_core.study.results import Result
+from flows.compose import compose, defaults
 from flows.project import project
+from flows.snapshot import snapshot, unpacked
 from tasks.cell import StageOrder
 from tasks.places import home
 
-__all__ = ["Orders", "Planned", "experiment_of", "record_id"]
+__all__ = ["Orders", "Planned", "experiment_of", "planning", "record_id"]
 
+CODE = ("cola_core", "tasks", "conf", "dvc.yaml")  # hand edits of params.yaml enter no study
 LAST = {"sweep": "link@{final}", "test": "evaluate"}  # a sweep never sees the test rows
 CHEAP = ["merge.checkpoint=false", "merge.flat_adapter=false", "merge.portable_adapter=false"]
 
@@ -42,8 +47,10 @@ class Planned:
 
     @cached_property
     def key(self) -> str:
-        """A hash of the parameters."""
-        return hashlib.sha256(json.dumps(load_yaml(self.params), sort_keys=True).encode()).hexdigest()
+        """A hash of the parameters that the stages depend on: no other edit, such as of the gate's, changes a cell."""
+        raw = load_yaml(self.params)
+        used = {dotted: _at(raw, dotted) for stage in self.stages for dotted in stage.params}
+        return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
 
     @property
     def command(self) -> str:
@@ -89,6 +96,11 @@ class Orders:
         text = yaml.safe_dump(raw, sort_keys=False)
         return Planned(self.design.name, cell, overrides, text, self._stages(raw, LAST[cell.phase]))
 
+    def makes(self, result: Result) -> bool:
+        """Whether a result has the parameters that its cell has in the study now."""
+        known = result.cell.group in set(self.design.groups())
+        return known and self.plan(result.cell).key == result.content["key"]
+
     def of_group(self, group: Group) -> dict[str, Any]:
         """The parameters that a group's cells share; where probes are charged, its chain has fewer steps."""
         if group not in self.composed:
@@ -133,6 +145,21 @@ class Orders:
             (self.scratch / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
             self.graphs[shape] = list(_orders(self.scratch, last.format(final=raw["final"])))
         return self.graphs[shape]
+
+
+def _at(raw: Any, dotted: str) -> Any:
+    """A value of params.yaml by its dotted key; none where it is left out."""
+    for part in dotted.split("."):
+        raw = raw.get(part) if isinstance(raw, dict) else None
+    return raw
+
+
+@contextmanager
+def planning(design: Design, root: Path) -> Iterator[Orders]:
+    """Orders by the checkout's code and conf/ as they stand now, whatever is edited during the block."""
+    with unpacked(root, snapshot(root, False), *CODE) as code, scratch(cache_root(), "study") as looks:
+        (code / "params.yaml").write_text(defaults(code), encoding="utf-8")
+        yield Orders(design, code, looks)
 
 
 def experiment_of(study: str) -> str:

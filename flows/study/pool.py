@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from queue import Queue
+from threading import Lock
 from typing import Any
 
 from cola_core.errors import RetryError
@@ -27,6 +28,7 @@ class Pool:
 
     def __init__(self, code: Path, root: Path, size: int) -> None:
         self._code, self._root, self.closed = code, root, False
+        self._starting = Lock()
         self._free: Queue[subprocess.Popen[str] | None] = Queue()
         self._started: list[subprocess.Popen[str]] = []
         for _ in range(size):
@@ -40,7 +42,8 @@ class Pool:
 
     def close(self) -> None:
         """End what runs, whoever waits for it."""
-        self.closed = True
+        with self._starting:  # after it nothing starts any more
+            self.closed = True
         for farewell, patience in FAREWELL:
             for process in self._started:
                 if process.poll() is None:
@@ -57,10 +60,11 @@ class Pool:
         """
         process = self._free.get()
         try:
-            if self.closed:
-                raise RetryError("the study was stopped; the same command goes on")
-            if process is None or process.poll() is not None:
-                process = self._start()
+            with self._starting:
+                if self.closed:
+                    raise RetryError("the study was stopped; the same command goes on")
+                if process is None or process.poll() is not None:
+                    process = self._start()
             return _asked(process, order)
         finally:
             self._free.put(process)

@@ -11,7 +11,7 @@ from cola_core.study.report.findings import Findings
 from cola_core.study.report.page import report
 from cola_core.study.results import Result, read_results
 from cola_core.study.sweep import counted
-from flows.study.orders import experiment_of, record_id
+from flows.study.orders import Orders, experiment_of, record_id
 from flows.ui import HOST, MLFLOW
 from tasks.store import open_store
 
@@ -20,14 +20,17 @@ __all__ = ["write_report"]
 SAID = "findings.md"  # a person's conclusions, taken into the report as they stand
 
 
-def write_report(design: Design, root: Path) -> Path:
+def write_report(orders: Orders, root: Path) -> Path:
     """Write index.html, README.md and figures/ beside the results; returns the page.
+
+    Results of other parameters than the study has now are left out.
 
     Raises:
         UserError: no result yet, or a result file that is damaged.
     """
+    design = orders.design
     folder = root / design.out
-    results = counted(design, read_results(folder))
+    results = counted(design, filter(orders.makes, read_results(folder)))
     if not results:
         raise UserError(f"{folder}: no results yet; run the study first")
     said = (folder / SAID).read_text(encoding="utf-8") if (folder / SAID).is_file() else ""

@@ -24,8 +24,8 @@ def firm(findings: Findings) -> Iterator[Block]:
     idle = ", ".join(name for panel, name in counted.items() if panel not in findings.learnt)
     yield Heading("How firm the differences are")
     yield Text(
-        f"Learnt, so that recipes can differ by more than noise: {learnt or 'nothing'}; not learnt: {idle or 'nothing'} "
-        "(the mean gain over base model and majority class, with its t interval over seeds). Tasks that are not learnt "
+        f"Learnt, so that recipes can differ by more than noise: {learnt or 'nothing'}; not learnt: {idle or 'nothing'}"
+        " (the mean gain over base and majority class, with its t interval over seeds). Tasks that are not learnt "
         "pull every difference towards none. Blocks of one task share its test rows and each recipe's rate, so the "
         "tests above speak of these tasks, rows and rates; over task means, few as they are, speaks of other tasks "
         "like these. Points, each interval by itself; p after Holm."
