@@ -97,10 +97,13 @@ def test_guards_are_the_metrics_of_the_evaluation() -> None:
         Scored(s.gold, s.predicted, list(rng.random(ROWS)), list(rng.uniform(0.5, 1, ROWS)))
         for s in (scored(hits(340)), scored(hits(300)))
     )
-    found = judge(one, two, scored(hits(100)), QUICK, 0).guards
+    found = judge(one, two, scored(hits(100)), QUICK.model_copy(update={"guard_resamples": 10_000}), 0).guards
     errors = [calibration_error(list(s.correct > 0), s.confidence) for s in (one, two)]
     assert found["calibration error"]["worse"] == pytest.approx(errors[0] - errors[1])
-    assert found["loss"]["worse"] == pytest.approx(np.mean(one.loss) - np.mean(two.loss))
+    lost = np.asarray(one.loss) - np.asarray(two.loss)
+    assert found["loss"]["worse"] == pytest.approx(lost.mean())
+    quantile = stats.norm.ppf(0.05 / len(found))  # all guards together err one night in twenty
+    assert found["loss"]["low"] == pytest.approx(lost.mean() + quantile * lost.std() / ROWS**0.5, abs=0.002)
 
 
 def test_an_abstention_says_how_many_more_rows_would_tell_and_with_so_many_they_do() -> None:

@@ -128,7 +128,7 @@ def _guards(
         for label in sorted(set(challenger.gold)):
             measures.append((f"F1 of {label}", _f1_lost(challenger, champion, label), config.f1))
     rows = np.arange(len(challenger.gold))
-    confidence = 1 - (1 - GUARDED) / len(measures)  # that any of them is called worse by chance
+    confidence = 1 - 2 * (1 - GUARDED) / len(measures)  # its lower end alone calls any of them worse by chance
     for name, statistic, allowed in measures:
         low, _ = _interval(statistic, len(rows), confidence, config.guard_resamples, seed)
         yield name, {"worse": float(statistic(rows)), "low": low, "allowed": allowed}
