@@ -11,8 +11,8 @@ from tasks.gate import Judgement
 __all__ = ["judge_challenger", "lines", "return_champion"]
 
 
-def judge_challenger(params: Params, name: str) -> Judgement:
-    """Judge the challenger of `name` by the section `promote` of `params`.
+def judge_challenger(params: Params, name: str, version: str | None = None) -> Judgement:
+    """Judge the challenger of `name`, or a version, by the section `promote` of `params`.
 
     Raises:
         UserError: there is nothing to judge, or it must not be.
@@ -23,7 +23,7 @@ def judge_challenger(params: Params, name: str) -> Judgement:
     from tasks.store import locked, open_store
 
     with locked("gate"), open_store() as store:
-        return promote(store, name, params.promote)
+        return promote(store, name, params.promote, version)
 
 
 def return_champion(name: str, reason: str) -> str:

@@ -15,6 +15,7 @@ from pydantic import WithJsonSchema
 from cola_core.config.params import Params, check_params
 from cola_core.config.reading import load_yaml
 from cola_core.errors import RetryError, UserError, system_told
+from cola_core.sealed import read_sealed
 from cola_core.secrets import mask
 from flows.about import about
 from flows.artifacts import show
@@ -90,14 +91,14 @@ def _attempt(picks: Mapping[str, str | None], changes: list[str], committed: boo
             tree = snapshot(root, committed)
             with unpacked(root, tree, "conf", "params.yaml") as folder:
                 text = compose(folder, picks, changes)
-            ended = _run(root, tree, text)
-            return _judged(check_params(load_yaml(text)), ended) if promote and ended.is_completed() else ended
+            ended, place = _run(root, tree, text)
+            return _judged(check_params(load_yaml(text)), place, ended) if promote and ended.is_completed() else ended
     except (UserError, RetryError) as error:
         return Failed(message=str(error), data=error)
 
 
-def _run(root: Path, tree: str, text: str) -> State:
-    """Wait for a place, open the workspace, do the stages, hand the records on."""
+def _run(root: Path, tree: str, text: str) -> tuple[State, Path]:
+    """Wait for a place, open the workspace, do the stages, hand the records on; returns the end and the workspace."""
     params = load_yaml(text)
     title = f"{params['recipe']}/{params['task']}/seed{params['seed']}"
     log = get_run_logger()
@@ -109,25 +110,26 @@ def _run(root: Path, tree: str, text: str) -> State:
         failed = _stages(workspace)
         post(workspace.path)
         if failed:
-            return failed
+            return failed, workspace.path
         workspace.finish()
         trim(root)
-        return Completed(message=f"bring the results to the checkout: cola adopt {workspace.run}")
+        return Completed(message=f"bring the results to the checkout: cola adopt {workspace.run}"), workspace.path
 
 
-def _judged(params: Params, ran: State) -> State:
-    """The gate as one more task, with the run's own settings, whatever the checkout says meanwhile."""
-    judged: State = gate(params, return_state=True)
+def _judged(params: Params, place: Path, ran: State) -> State:
+    """The gate as one more task, for the run's own chain by its own settings, whatever is registered meanwhile."""
+    version = read_sealed(place / "artifacts/register/registration.json", "registration")["version"]
+    judged: State = gate(params, str(version), return_state=True)
     if judged.is_completed():
         return ran
     return Failed(message=judged.message, data=judged.result(raise_on_failure=False))
 
 
 @prefect.task(name="gate", task_run_name="gate", cache_policy=NO_CACHE)
-def gate(params: Params) -> State:
-    """Judge the challenger; after a night without changes there is nothing to decide, and that is no failure."""
+def gate(params: Params, version: str) -> State:
+    """Judge a version; after a night without changes there is nothing to decide, and that is no failure."""
     try:
-        told = list(lines(judge_challenger(params, params.registry.name)))
+        told = list(lines(judge_challenger(params, params.registry.name, version)))
     except SettledError as error:
         return Completed(name="Cached", message=str(error))
     except (UserError, RetryError) as error:

@@ -43,8 +43,8 @@ class Judgement:
     use: int
 
 
-def promote(store: Store, name: str, config: PromoteConfig) -> Judgement:
-    """Judge the challenger of `name`, once, and make it champion if it may be.
+def promote(store: Store, name: str, config: PromoteConfig, wanted: str | None = None) -> Judgement:
+    """Judge the challenger of `name`, or the version that is wanted, once, and make it champion if it may be.
 
     The use of the test set is noted before anything is looked at, the decision before the alias moves; a call that was
     cut off between the two is completed by the next one.
@@ -53,7 +53,8 @@ def promote(store: Store, name: str, config: PromoteConfig) -> Judgement:
         SettledError: the challenger is the champion, or its chain was judged before.
         UserError: there is no challenger, the two were scored on different rows, or the test set is used up.
     """
-    challenger, champion = _alias(store, name, ALIAS), _alias(store, name, CHAMPION)
+    challenger = store.client.get_model_version(name, wanted) if wanted else _alias(store, name, ALIAS)
+    champion = _alias(store, name, CHAMPION)
     if challenger is None:
         raise UserError(f"{name}: no version is called {ALIAS}; `dvc repro` registers the trained chain as one")
     version, holder = str(challenger.version), str(champion.version) if champion else None

@@ -40,9 +40,9 @@ def train(place: Path, seed: int, correct: list[bool], **answers: Any) -> None:
     register.main(context)
 
 
-def judged(config: PromoteConfig = QUICK) -> Judgement:
+def judged(config: PromoteConfig = QUICK, version: str | None = None) -> Judgement:
     with open_store() as store:
-        return promote(store, NAME, config)
+        return promote(store, NAME, config, version)
 
 
 def champion() -> str | None:
@@ -148,6 +148,13 @@ def test_what_earlier_uses_spent_counts_however_the_level_is_shared_now(checkout
     with pytest.raises(UserError, match=r"spent 0\.0417 of promote\.level 0\.05, and another use costs 0\.0167"):
         judged(thirds)
     assert judged(QUICK.model_copy(update={"uses": 10})).use == 3
+
+
+def test_a_run_judges_its_own_version_whatever_was_registered_meanwhile(checkout: Path) -> None:  # noqa: F811
+    train(checkout, 1, right(30))
+    train(checkout, 2, right(55))
+    assert judged(version="2").version == champion() == "2", "the first is the fixture's"
+    assert judged().version == champion() == "3"
 
 
 def test_cut_off_before_the_alias_moves_the_next_call_moves_it_without_another_use(
