@@ -50,6 +50,10 @@ class StageOrder:
     outs: list[str]
     shared: bool
 
+    def values(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """What it reads of params.yaml, by dotted key; none where something is left out."""
+        return {dotted: _value(raw, dotted) for dotted in self.params}
+
 
 def main() -> None:
     """Answer `{"folder": ..., "stages": [...], "record": ...}` with `{"result": ...}` or `{"error": ..., ...}`.
@@ -152,7 +156,7 @@ def _point(out: Path, place: Path) -> None:
 def _key(order: StageOrder, raw: Mapping[str, Any]) -> str:
     """What decides the stage's outs, as DVC sees it: parameters, what it reads, and the code."""
     reads = {dep: identity(Path(dep)) if dep.startswith("artifacts/") else tree_hash(ROOT / dep) for dep in order.deps}
-    values = {dotted: _value(raw, dotted) for dotted in order.params}
+    values = order.values(raw)
     text = json.dumps([order.name, values, reads], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -32,6 +32,11 @@ class Estimate:
     high: float
     n: int
 
+    def told(self, scale: float, form: str) -> str:
+        """The mean and its interval, such as `80.1 [79.0, 81.2]`; form: a number's, as in a format string."""
+        mean, low, high = (format(scale * value, form) for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -84,7 +89,7 @@ def scores(design: Design, results: Iterable[Result], metric: str, headline: boo
 
 def block_of(result: Result) -> Block:
     """The model, task and seed of a cell."""
-    return result.cell.group.model, result.cell.group.task, result.cell.seed
+    return *result.cell.group.panel, result.cell.seed
 
 
 def estimate(values: Sequence[float], level: float) -> Estimate:

@@ -14,11 +14,12 @@ from cola_core.config.base import Strict, parse
 from cola_core.config.reading import read_yaml
 from cola_core.errors import suggest
 
-__all__ = ["PROBE_ROW", "Cell", "Design", "Group", "read_design"]
+__all__ = ["PROBE_ROW", "Cell", "Design", "Group", "Panel", "read_design"]
 
 PROBE_ROW = 1.5  # training rows that a probe's row costs: a backward pass with weight gradients beside one without
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Overrides = list[str]
+Panel = tuple[str, str]  # model, task
 
 
 @dataclass(frozen=True, order=True)
@@ -28,6 +29,11 @@ class Group:
     model: str
     task: str
     recipe: str
+
+    @property
+    def panel(self) -> Panel:
+        """Where its recipe stands beside others."""
+        return self.model, self.task
 
 
 @dataclass(frozen=True, order=True)

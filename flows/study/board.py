@@ -63,13 +63,11 @@ class Board:
         """Each missing cell as long as those of its model and task so far, or as any cell where there is none."""
         took: dict[tuple[str, str], list[float]] = {}
         for result in self.results:
-            took.setdefault((result.cell.group.model, result.cell.group.task), []).append(result.seconds)
+            took.setdefault(result.cell.group.panel, []).append(result.seconds)
         if not took:
             return ""
         usual = fmean(seconds for each in took.values() for seconds in each)
-        ahead = sum(
-            count * fmean(took.get((group.model, group.task), [usual])) for group, count in self._missing().items()
-        )
+        ahead = sum(count * fmean(took.get(group.panel, [usual])) for group, count in self._missing().items())
         return f"  about {ahead / self.size / 3600:.1f} h left"
 
     def table(self) -> Table:

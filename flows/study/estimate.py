@@ -37,9 +37,9 @@ def estimate(design: Design, orders: Orders, results: Sequence[Result], pool: Po
     swept, known, total = curves(design, results), {result.cell for result in results}, 0.0
     scouted: dict[tuple[str, str], tuple[Sizes, float]] = {}
     for group in design.groups():
-        if (group.model, group.task) not in scouted:
-            scouted[group.model, group.task] = _scout(group, design, orders, pool, home)
-        size, speed = scouted[group.model, group.task]
+        if group.panel not in scouted:
+            scouted[group.panel] = _scout(group, design, orders, pool, home)
+        size, speed = scouted[group.panel]
         missing = choose(design.sweep, design.rates(group.recipe), swept[group]).missing
         tested = sum(cell.phase == "test" and cell.group == group for cell in known)
         tests = len(design.seeds) - tested

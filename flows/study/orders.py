@@ -37,19 +37,23 @@ CHEAP = ["merge.checkpoint=false", "merge.flat_adapter=false", "merge.portable_a
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell of `study` ready to run: its params.yaml, the overrides that compose it, and its stages in order."""
+    """A cell of `study` ready to run: its parameters, the overrides that compose it, and its stages in order."""
 
     study: str
     cell: Cell
     overrides: list[str]
-    params: str
+    raw: Mapping[str, Any]
     stages: list[StageOrder]
+
+    @property
+    def params(self) -> str:
+        """Its params.yaml."""
+        return yaml.safe_dump(self.raw, sort_keys=False)
 
     @cached_property
     def key(self) -> str:
         """A hash of the parameters that the stages depend on: no other edit, such as of the gate's, changes a cell."""
-        raw = load_yaml(self.params)
-        used = {dotted: _at(raw, dotted) for stage in self.stages for dotted in stage.params}
+        used = {dotted: value for stage in self.stages for dotted, value in stage.values(self.raw).items()}
         return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -93,13 +97,16 @@ class Orders:
             *(*CHEAP, *self.design.overrides(cell.group), f"schedule.horizon={raw['schedule']['horizon']}"),
             *(f"link.learning_rate={cell.learning_rate!r}", f"seed={cell.seed}"),
         ]
-        text = yaml.safe_dump(raw, sort_keys=False)
-        return Planned(self.design.name, cell, overrides, text, self._stages(raw, LAST[cell.phase]))
+        return Planned(self.design.name, cell, overrides, raw, self._stages(raw, LAST[cell.phase]))
 
     def makes(self, result: Result) -> bool:
         """Whether a result has the parameters that its cell has in the study now."""
-        known = result.cell.group in set(self.design.groups())
-        return known and self.plan(result.cell).key == result.content["key"]
+        return result.cell.group in self.groups and self.plan(result.cell).key == result.content["key"]
+
+    @cached_property
+    def groups(self) -> set[Group]:
+        """Every group of the study."""
+        return set(self.design.groups())
 
     def of_group(self, group: Group) -> dict[str, Any]:
         """The parameters that a group's cells share; where probes are charged, its chain has fewer steps."""
@@ -145,13 +152,6 @@ class Orders:
             (self.scratch / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
             self.graphs[shape] = list(_orders(self.scratch, last.format(final=raw["final"])))
         return self.graphs[shape]
-
-
-def _at(raw: Any, dotted: str) -> Any:
-    """A value of params.yaml by its dotted key; none where it is left out."""
-    for part in dotted.split("."):
-        raw = raw.get(part) if isinstance(raw, dict) else None
-    return raw
 
 
 @contextmanager

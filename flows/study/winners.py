@@ -22,7 +22,7 @@ def winners(design: Design, results: Sequence[Result]) -> Iterator[Result]:
             cells: dict[str, list[Result]] = {}
             for result in results:
                 group = result.cell.group
-                if (group.model, group.task) == (model, task) and result.metrics:
+                if group.panel == (model, task) and result.metrics:
                     cells.setdefault(group.recipe, []).append(result)
             whole = [found for found in cells.values() if len(found) == len(design.seeds)]
             if whole:

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from cola_core.study.compare import Block as Place
 from cola_core.study.compare import Estimate, estimate, scores
+from cola_core.study.design import Panel
 from cola_core.study.report.blocks import Block, Heading, Table, Text
 from cola_core.study.report.findings import Findings
 
@@ -43,11 +44,11 @@ def firm(findings: Findings) -> Iterator[Block]:
 
 def _over_tasks(mine: Mapping[Place, float], base: Mapping[Place, float]) -> list[float]:
     """The mean difference of every model and task."""
-    by: dict[tuple[str, str], list[float]] = {}
+    by: dict[Panel, list[float]] = {}
     for model, task, seed in mine.keys() & base.keys():
         by.setdefault((model, task), []).append(mine[model, task, seed] - base[model, task, seed])
     return [fmean(each) for _, each in sorted(by.items())]
 
 
 def _points(found: Estimate) -> str:
-    return f"{100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+    return found.told(100.0, "+.2f")

@@ -9,14 +9,13 @@ from functools import cached_property
 from statistics import fmean
 
 from cola_core.study.compare import Comparison, compare, estimate, scores
-from cola_core.study.design import Cell, Design, Group
+from cola_core.study.design import Cell, Design, Group, Panel
 from cola_core.study.results import Result
 from cola_core.study.sweep import curves
 from cola_core.study.traits import Spending, Usable, spending, usable
 
-__all__ = ["IDLE", "Findings", "Panel"]
+__all__ = ["IDLE", "Findings"]
 
-Panel = tuple[str, str]  # model, task
 IDLE = {"base": "base model, fitted head", "majority": "majority class"}  # what answers without training
 
 
@@ -42,7 +41,7 @@ class Findings:
     def whole(self, recipe: str) -> bool:
         """Whether a recipe was scored on every task in the mean, so that its mean may stand beside others."""
         counted = {panel for panel in self.panels if self.design.tasks[panel[1]].headline}
-        return counted <= {(r.cell.group.model, r.cell.group.task) for r in self.ended if r.cell.group.recipe == recipe}
+        return counted <= {r.cell.group.panel for r in self.ended if r.cell.group.recipe == recipe}
 
     @cached_property
     def ended(self) -> list[Result]:
@@ -68,7 +67,7 @@ class Findings:
     @cached_property
     def same_rows(self) -> bool:
         """Whether the cells of every panel were scored on the same rows, whatever their seed."""
-        rows = {((r.cell.group.model, r.cell.group.task), str(r.content.get("rows"))) for r in self.tests}
+        rows = {(r.cell.group.panel, str(r.content.get("rows"))) for r in self.tests}
         return len(rows) == len({panel for panel, _ in rows})
 
     @cached_property
@@ -82,7 +81,7 @@ class Findings:
     def _learnt(self, panel: Panel) -> bool:
         gains: dict[int, list[float]] = {}
         for result in self.tests:
-            if (result.cell.group.model, result.cell.group.task) == panel:
+            if result.cell.group.panel == panel:
                 idle = max(result.content[name]["accuracy"] for name in IDLE if name in result.content)
                 gains.setdefault(result.cell.seed, []).append(result.metrics["accuracy"] - idle)
         means = [fmean(each) for each in gains.values()]
@@ -94,16 +93,20 @@ class Findings:
         Args:
             panels: over these alone.
         """
-        mine = [r for r in self.results if panels is None or (r.cell.group.model, r.cell.group.task) in panels]
+        mine = [r for r in self.results if panels is None or r.cell.group.panel in panels]
         found, tests = scores(self.design, mine, metric), self.design.tests
         controls = [name for name, arm in self.design.recipes.items() if arm.control and name != tests.baseline]
         return compare(tests, found, self.compared) + compare(tests, found, controls)
 
     @cached_property
+    def swept(self) -> dict[Group, dict[float, float]]:
+        """Validation losses by learning rate."""
+        return curves(self.design, self.results)
+
+    @cached_property
     def usable(self) -> dict[Group, Usable]:
         """What the sweep of every group tells, where it has ended."""
-        found = curves(self.design, self.results)
-        told = {group: usable(self.design, group, curve) for group, curve in found.items()}
+        told = {group: usable(self.design, group, curve) for group, curve in self.swept.items()}
         return {group: each for group, each in told.items() if each}
 
     @cached_property

@@ -7,9 +7,10 @@ from statistics import fmean
 
 from cola_core.study.compare import Block as Place
 from cola_core.study.compare import Comparison, Estimate, block_of, estimate, over_rows, scores
+from cola_core.study.design import Panel
 from cola_core.study.report.blocks import Block, Drawing, Heading, Table, Text
 from cola_core.study.report.figures import draw_forest, draw_steps
-from cola_core.study.report.findings import IDLE, Findings, Panel
+from cola_core.study.report.findings import IDLE, Findings
 from cola_core.study.results import Result
 
 __all__ = ["accuracy", "along", "examples", "loss"]
@@ -46,11 +47,7 @@ def accuracy(findings: Findings) -> Iterator[Block]:
 def _idle(findings: Findings, name: str) -> list[str]:
     """On every panel, the mean accuracy of what answers without training."""
     each = [
-        [
-            r.content[name]["accuracy"]
-            for r in findings.tests
-            if (r.cell.group.model, r.cell.group.task) == panel and name in r.content
-        ]
+        [r.content[name]["accuracy"] for r in findings.tests if r.cell.group.panel == panel and name in r.content]
         for panel in findings.panels
     ]
     return [f"{100 * fmean(values):.1f}" if values else "" for values in each]
@@ -60,9 +57,7 @@ def _marked(findings: Findings, recipe: str) -> str:
     """A recipe's name with what makes its row no equal comparison."""
     marks = [*(findings.spent[recipe].unequal if recipe in findings.spent else ())]
     marks += [f"{findings.failed[recipe]} failed"] if findings.failed[recipe] else []
-    edges = [
-        findings.panels[g.model, g.task] for g, each in findings.usable.items() if g.recipe == recipe and each.edge
-    ]
+    edges = [findings.panels[g.panel] for g, each in findings.usable.items() if g.recipe == recipe and each.edge]
     marks += [f"rate at the end of all tried: {' '.join(edges)}"] if edges else []
     return f"{recipe} ({', '.join(marks)})" if marks else recipe
 
@@ -73,8 +68,7 @@ def _scored(found: Mapping[Place, float], panel: Panel, level: float) -> str:
 
 
 def _interval(found: Estimate, scale: float = 100.0, digits: int = 1) -> str:
-    mean, low, high = (f"{scale * value:.{digits}f}" for value in (found.mean, found.low, found.high))
-    return f"{mean} [{low}, {high}]" if found.n > 1 else mean
+    return found.told(scale, f".{digits}f") if found.n > 1 else f"{scale * found.mean:.{digits}f}"
 
 
 def _against(found: Comparison | None, findings: Findings, most: int, rising: bool = True) -> list[str]:
@@ -187,7 +181,7 @@ def _differences(
 def _of(mean: float | None, difference: Estimate | None) -> str:
     if mean is None or difference is None:
         return ""
-    return f"{mean:.4f}: {difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    return f"{mean:.4f}: {difference.told(1.0, '+.4f')}"
 
 
 def _training(result: Result) -> float:

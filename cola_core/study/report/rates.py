@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 from statistics import fmean
 
-from cola_core.study.design import Group
+from cola_core.study.design import Group, Panel
 from cola_core.study.report.blocks import Block, Drawing, Heading, Table, Text
 from cola_core.study.report.figures import draw_curves
-from cola_core.study.report.findings import Findings, Panel
-from cola_core.study.sweep import curves
+from cola_core.study.report.findings import Findings
 from cola_core.study.traits import NEAR
 
 __all__ = ["robust"]
@@ -21,8 +20,8 @@ def robust(findings: Findings) -> Iterator[Block]:
     design, found = findings.design, findings.usable
     if not found:
         return
-    default, swept = design.sweep.default, curves(design, findings.results)
-    panels = {panel: name for panel, name in findings.panels.items() if any((g.model, g.task) == panel for g in found)}
+    default, swept = design.sweep.default, findings.swept
+    panels = {panel: name for panel, name in findings.panels.items() if any(g.panel == panel for g in found)}
     yield Heading("Learning rates")
     yield Text(
         f"From the sweep, by validation loss. Usable decades: the widest range of neighbouring rates within {NEAR:g} "
@@ -37,7 +36,7 @@ def robust(findings: Findings) -> Iterator[Block]:
     yield Table(["recipe", *panels.values()], [[r, *(best(Group(*p, r)) for p in panels)] for r in design.recipes])
     if any(each.edge for each in found.values()):
         yield Text("* still at the end of all rates that were tried.")
-    groups = {name: [g for g in found if (g.model, g.task) == panel] for panel, name in panels.items()}
+    groups = {name: [g for g in found if g.panel == panel] for panel, name in panels.items()}
     lines = {name: {g.recipe: swept[g] for g in mine} for name, mine in groups.items()}
     dots = {name: {g.recipe: found[g].rate for g in mine} for name, mine in groups.items()}
     caption = "Validation loss of the sweep, without its highest; a dot where the rate was chosen."
@@ -64,13 +63,11 @@ def _beside(findings: Findings, panel: Panel, recipe: str) -> float | None:
     mine, theirs = Group(*panel, recipe), Group(*panel, findings.design.tests.baseline)
     if mine == theirs or theirs not in findings.usable:
         return None
-    swept = curves(findings.design, findings.results)
-    return swept[mine][findings.usable[mine].rate] - swept[theirs][findings.usable[theirs].rate]
+    return findings.swept[mine][findings.usable[mine].rate] - findings.swept[theirs][findings.usable[theirs].rate]
 
 
 def _best(findings: Findings, group: Group) -> str:
     if group not in findings.usable:
         return ""
     chosen = findings.usable[group]
-    loss = curves(findings.design, findings.results)[group][chosen.rate]
-    return f"{loss:.3f} at {chosen.rate:g}{'*' * chosen.edge}"
+    return f"{findings.swept[group][chosen.rate]:.3f} at {chosen.rate:g}{'*' * chosen.edge}"
