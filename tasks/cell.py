@@ -111,7 +111,10 @@ def _bring(order: StageOrder, raw: Mapping[str, Any]) -> dict[str, float]:
     if not order.shared:
         stamp = Path("stages") / f"{order.name}.json"
         if not (stamp.is_file() and read_json(stamp)["key"] == key):
-            write_json(stamp, {"key": key, "spent": _run(order)})
+            begun = stamp.with_suffix(".begun")
+            cut = {"interrupted": 1.0} if begun.is_file() else {}  # what was spent before a kill, nobody knows
+            begun.touch()
+            write_json(stamp, {"key": key, "spent": _run(order) | cut})
         return dict(read_json(stamp)["spent"])
     place = home() / "studies" / "shared" / key
     with alone(place.with_suffix(".lock")):

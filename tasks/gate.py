@@ -6,18 +6,16 @@ champion as tags of the registered model, what was decided as tags of a version.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cola_core.config.report import PromoteConfig
 from cola_core.errors import UserError
-from cola_core.evaluation.gate import Decision, Scored, judge
+from cola_core.evaluation.gate import Decision, judge
+from tasks.answered import Tested, read_answers
 from tasks.publish import ALIAS
-from tasks.release import ANSWERS, BASE_ANSWERS
-from tasks.store import Store, temporaries
+from tasks.store import Store
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -51,9 +49,9 @@ def promote(store: Store, name: str, config: PromoteConfig, wanted: str | None =
 
     Raises:
         SettledError: the challenger is the champion, or its chain was judged before.
-        UserError: there is no challenger, the two were scored on different rows, or the test set is used up.
+        UserError: there is no challenger, the champion was not scored on its rows, or their file is used up.
     """
-    challenger = store.client.get_model_version(name, wanted) if wanted else _alias(store, name, ALIAS)
+    challenger = _version(store, name, wanted) if wanted else _alias(store, name, ALIAS)
     champion = _alias(store, name, CHAMPION)
     if challenger is None:
         raise UserError(f"{name}: no version is called {ALIAS}; `dvc repro` registers the trained chain as one")
@@ -63,11 +61,12 @@ def promote(store: Store, name: str, config: PromoteConfig, wanted: str | None =
     if told := challenger.tags.get(JUDGED):
         return _completed(store, name, challenger, holder, json.loads(told))
     _refuse_same_chain(store, challenger)
-    mine, base, rows = _answers(store, challenger)
-    theirs = _champion_answers(store, challenger, champion, rows) if champion else None
-    use = _spend(store, name, rows, config)
-    decision = judge(mine, theirs, base, config, seed=int(rows, 16) % 2**31)
-    note = json.dumps({"decision": decision.to_json(), "use": use, "rows": rows, "champion": holder})
+    tested = Tested.of(challenger)
+    mine, base = read_answers(store, challenger, tested)
+    theirs = read_answers(store, champion, tested)[0] if champion else None
+    use = _spend(store, name, tested.file, config)
+    decision = judge(mine, theirs, base, config, seed=int(tested.rows, 16) % 2**31)
+    note = json.dumps({"decision": decision.to_json(), "use": use, "rows": tested.rows, "champion": holder})
     store.client.set_model_version_tag(name, version, JUDGED, note)
     if decision.verdict == "promote":
         _crown(store, name, version, holder)
@@ -89,6 +88,17 @@ def rollback(store: Store, name: str, reason: str) -> tuple[str, str]:
     store.client.set_registered_model_alias(name, CHAMPION, before)
     store.client.set_registered_model_tag(name, HISTORY, json.dumps(earlier[:-1]))
     return before, version
+
+
+def _version(store: Store, name: str, number: str) -> ModelVersion:
+    """
+    Raises:
+        UserError: the registry has lost it.
+    """
+    found = store.client.search_model_versions(f"name = '{name}' and version_number = {number}")
+    if not found:
+        raise UserError(f"{name}: version {number} is no longer in the registry; `dvc repro` registers its chain again")
+    return found[0]
 
 
 def _alias(store: Store, name: str, alias: str) -> ModelVersion | None:
@@ -138,64 +148,25 @@ def _history(store: Store, name: str) -> list[str]:
     return found
 
 
-def _spend(store: Store, name: str, rows: str, config: PromoteConfig) -> int:
-    """Note one more use of a test set, and the level that it spends, whatever earlier ones spent; returns which it is.
+def _spend(store: Store, name: str, file: str, config: PromoteConfig) -> int:
+    """Note one more use of a test file, and the level that it spends, whatever earlier ones spent; returns which it is.
+
+    Other rows of the same file are the same test set: a level for each choice of them could be spent without end.
 
     Raises:
         UserError: there is not as much of the level left.
     """
     tags = store.client.get_registered_model(name).tags
     spent: dict[str, dict[str, float]] = json.loads(tags.get(USES, "{}"))
-    before = spent.get(rows, {"uses": 0, "level": 0.0})
+    before = spent.get(file, {"uses": 0, "level": 0.0})
     uses, level = int(before["uses"]), before["level"]
     share = config.level / config.uses
     if level + share > config.level * (1 + 1e-9):
         raise UserError(
-            f"{name}: its test rows were used {uses} times, which spent {level:.3g} of promote.level {config.level:g}, "
-            f"and another use costs {share:.3g}; what is chosen on them any longer is fitted to them: name new test "
-            "rows in fetch.data.test"
+            f"{name}: its test file was used {uses} times, which spent {level:.3g} of promote.level {config.level:g}, "
+            f"and another use costs {share:.3g}; what is chosen on it any longer is fitted to it: name "
+            "another in fetch.data.test"
         )
-    spent[rows] = {"uses": uses + 1, "level": level + share}
+    spent[file] = {"uses": uses + 1, "level": level + share}
     store.client.set_registered_model_tag(name, USES, json.dumps(spent))
     return uses + 1
-
-
-def _champion_answers(store: Store, challenger: ModelVersion, champion: ModelVersion, rows: str) -> Scored:
-    theirs, _, other = _answers(store, champion)
-    if other != rows:
-        raise UserError(
-            f"{challenger.name}: version {challenger.version} and the {CHAMPION}, version {champion.version}, were "
-            "scored on different test rows; register one of them again with the other's evaluate and prepare sections"
-        )
-    return theirs
-
-
-def _answers(store: Store, version: ModelVersion) -> tuple[Scored, Scored, str]:
-    """A version's answers, those of its base, and a hash of the rows: ids and right answers."""
-    mine, base = (_table(store, version, file) for file in (ANSWERS, BASE_ANSWERS))
-    rows = hashlib.sha256(json.dumps([mine["id"], mine["gold"]]).encode()).hexdigest()[:16]
-    final = max((name.split("_")[1] for name in mine if name.startswith("links_")), key=int)
-    return _scored(mine, f"links_{final}"), _scored(base, "base"), rows
-
-
-def _scored(table: dict[str, list[Any]], model: str) -> Scored:
-    columns = (table.get(f"{model}_{what}", []) for what in ("predicted", "loss", "confidence"))
-    return Scored(table["gold"], *columns)
-
-
-def _table(store: Store, version: ModelVersion, file: str) -> dict[str, list[Any]]:
-    import pyarrow as pa
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
-    with temporaries("answers") as folder:
-        try:
-            address = f"models:/{version.name}/{version.version}/artifacts/chain/{file}"
-            found = download_artifacts(address, dst_path=str(folder), tracking_uri=store.uri)
-        except (MlflowException, OSError):
-            raise UserError(
-                f"{version.name}: version {version.version} holds no answers to test rows, as versions made before 0.4 "
-                "do not; register its chain again"
-            ) from None
-        table: dict[str, list[Any]] = pa.ipc.open_stream(Path(found).read_bytes()).read_all().to_pydict()
-    return table

@@ -16,6 +16,7 @@ from cola_core.data.templates import template
 from cola_core.errors import UserError
 from cola_core.sealed import write_sealed
 from cola_core.secrets import mask
+from tasks.answered import Tested, keep_answers
 from tasks.places import ARTIFACTS, home, main_checkout
 from tasks.records import identity
 from tasks.release import FOLDER, Release, pack, read_release, registration
@@ -47,8 +48,10 @@ def publish(store: Store, release: Release, card: str) -> str:
     """
     model_id = _logged_model(store, release)
     version = _find(store, release, model_id) or _new_version(store, release, card, model_id)
-    number = str(version.version)
-    for key, value in _tags(release).items():  # the scores of the evaluation that stands now
+    number, tested = str(version.version), Tested.evaluated()
+    if version.tags.get("cola.rows") != tested.rows:
+        keep_answers(store, model_id, tested)
+    for key, value in {**_tags(release), **tested.tags()}.items():  # the scores of the evaluation that stands now
         store.client.set_model_version_tag(release.name, number, key, value)
     link = json.dumps([{"name": release.name, "version": number}])
     store.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})  # the UI's way to the version

@@ -21,11 +21,10 @@ from tasks.card import chain_json, metrics
 from tasks.context import Context
 from tasks.places import ARTIFACTS, link_dir
 
-__all__ = ["ANSWERS", "BASE_ANSWERS", "FOLDER", "Release", "gather", "pack", "read_release", "registration"]
+__all__ = ["FOLDER", "Release", "gather", "pack", "read_release", "registration"]
 
 FOLDER = ARTIFACTS / "register"
 SCORES = ("n", "accuracy", "macro_f1", "loss", "calibration_error")
-ANSWERS, BASE_ANSWERS = "predictions.arrow", "base_predictions.arrow"  # a version's own, and its base's, for the gate
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,11 @@ def pack(release: Release, folder: Path) -> None:
     merge, chain = ARTIFACTS / "merge", chain_json()
     if chain["hash"] != release.chain:
         raise UserError(f"{merge}: holds chain {chain['hash'][:12]}, not {release.chain[:12]}; run `dvc repro`")
-    for stage in ("merge", "evaluate", "evaluate_base"):
-        check_files(ARTIFACTS / stage)
+    check_files(merge)
     check_manifest(merge / "chain.json", read_chain(link_dir(str(chain["links"][-1]["link"]))))
     folder.mkdir(parents=True)
     shutil.copyfile(merge / "chain.json", folder / "chain.json")
     shutil.copyfile(ARTIFACTS / "prepare/task.json", folder / "task.json")
-    shutil.copyfile(ARTIFACTS / "evaluate/predictions.arrow", folder / ANSWERS)
-    shutil.copyfile(ARTIFACTS / "evaluate_base/predictions.arrow", folder / BASE_ANSWERS)
     write_sealed(folder / "serve.json", "serve", release.serve)
     if release.merged:
         shutil.copytree(merge / "checkpoint", folder / "checkpoint")

@@ -150,6 +150,14 @@ def test_what_is_not_spent_alike_is_marked() -> None:
     assert spent["lora"].cpu_seconds == 5.0, "what all recipes share is nobody's cost"
 
 
+def test_a_part_of_a_cells_time_counts_for_nothing() -> None:
+    made = design()
+    cells = results(made, {})
+    first = next(r for r in cells if r.cell.phase == "test" and r.cell.group.recipe == "lora")
+    first.content["spent"]["link@1"] |= {"cpu": 1.0, "interrupted": 1.0}
+    assert spending(made, cells)["lora"].cpu_seconds == 5.0
+
+
 def test_usable_rates_are_those_near_the_best() -> None:
     made = design()
     group = next(made.groups())

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from test_registry import answered, checkout, context_of, hand_made_link, registered  # noqa: F401  fixtures
 
+from cola_core.checksums import seal_folder
 from cola_core.config.report import PromoteConfig
 from cola_core.errors import UserError
 from flows.cli import main as cola
-from tasks import merge, register
+from tasks import merge, prepare, register
+from tasks.context import Context
 from tasks.gate import CHAMPION, Judgement, SettledError, promote, rollback
-from tasks.places import link_dir
+from tasks.places import ARTIFACTS, link_dir
 from tasks.store import open_store
 
 NAME = "cola-moods"
@@ -120,10 +122,43 @@ def test_answers_to_other_rows_are_not_compared_and_spend_nothing(checkout: Path
     train(checkout, 1, right(50))
     judged()
     train(checkout, 2, right(55), prefix="other")
-    with pytest.raises(UserError, match=r"version \d and the champion, version \d, were scored on different test rows"):
+    with pytest.raises(UserError, match=r"version 2 was not scored on these test rows; in the checkout that trained"):
         judged()
     train(checkout, 3, right(51))
     assert judged().use == 2
+
+
+def test_a_champion_that_is_scored_on_new_rows_as_well_keeps_its_place_there(checkout: Path) -> None:  # noqa: F811
+    """Another choice of rows from the same file spends what is left; another file has a level of its own."""
+    train(checkout, 1, right(50))
+    judged()
+    train(checkout, 1, right(30), prefix="other")
+    with pytest.raises(SettledError, match="version 2 is the champion already"):
+        judged()
+    train(checkout, 2, right(55), prefix="other")
+    found = judged()
+    assert (found.champion, found.use) == ("2", 2)
+    assert found.decision.gains["champion"]["difference"] == pytest.approx(25 / ROWS), "of the new rows"
+    replace_test_file(checkout)
+    train(checkout, 2, right(20), prefix="other")
+    train(checkout, 3, right(60), prefix="other")
+    assert judged().use == 1
+
+
+def replace_test_file(place: Path) -> None:
+    """Prepare again, from other rows."""
+    file = ARTIFACTS / "fetch/data/train.jsonl"
+    file.write_text(file.read_text() + '\n{"text": "one more", "label": "good"}')
+    seal_folder(file.parent)
+    prepare.main(Context("prepare", None, context_of(place).raw))
+
+
+def test_a_version_that_the_registry_lost_is_told(checkout: Path) -> None:  # noqa: F811
+    train(checkout, 1, right(50))
+    with open_store() as store:
+        store.client.delete_model_version(NAME, "2")
+    with pytest.raises(UserError, match="cola-moods: version 2 is no longer in the registry"):
+        judged(version="2")
 
 
 def test_a_test_set_is_used_up(checkout: Path) -> None:  # noqa: F811
@@ -133,7 +168,7 @@ def test_a_test_set_is_used_up(checkout: Path) -> None:  # noqa: F811
         judged(few)
     train(checkout, 3, right(60))
     for config in (few, QUICK.model_copy(update={"uses": 1})):
-        with pytest.raises(UserError, match=r"rows were used 2 times, which spent 0\.05 of promote\.level 0\.05"):
+        with pytest.raises(UserError, match=r"file was used 2 times, which spent 0\.05 of promote\.level 0\.05"):
             judged(config)
     assert champion() is None
 
@@ -199,7 +234,7 @@ def test_cut_off_before_the_decision_is_noted_the_use_is_spent_all_the_same(
 
 
 def test_a_version_without_answers_is_told(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr("tasks.release.BASE_ANSWERS", "of_another_name.arrow")
+    monkeypatch.setattr("tasks.answered.Tested.tags", lambda _: {})
     train(checkout, 1, right(50))
     with pytest.raises(UserError, match=r"version \d holds no answers to test rows"):
         judged()

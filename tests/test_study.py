@@ -231,6 +231,8 @@ def test_killed_it_goes_on_and_ends_with_the_same_results(studied: Any) -> None:
             {k: v for k, v in r.content.items() if k not in ("spent", "code")} for r in (undisturbed[name], result)
         )
         assert mine == theirs, name
+    assert any(result.interrupted for result in again.values())
+    assert not any(result.interrupted for result in undisturbed.values())
 
 
 def test_a_stop_waits_for_no_cell_and_leaves_no_process(studied: Any) -> None:

@@ -53,6 +53,11 @@ class Result:
         return float(sum(spent["cpu"] for stage, spent in self.content["spent"].items() if "@" in stage))
 
     @property
+    def interrupted(self) -> bool:
+        """Whether a kill came between, so that the times are those of a part."""
+        return any("interrupted" in spent for spent in self.content["spent"].values())
+
+    @property
     def seconds(self) -> float:
         """By the clock, for what was this cell's own."""
         return float(sum(spent["seconds"] for stage, spent in self.content["spent"].items() if stage not in SHARED))

@@ -88,10 +88,14 @@ def _spent(cells: Sequence[Result], base: Mapping[Block, Result]) -> Spending:
     unequal = tuple(
         f"{_range(found)} x {name}" for name, found in shares.items() if any(abs(share - 1) > EQUAL for share in found)
     )
-    parameters, tokens, seconds, points = (
-        fmean(count(r) for r in cells) if cells else math.nan for count in (_parameters, _tokens, _seconds, _gained)
-    )
+    parameters, tokens, points = (_mean(count(r) for r in cells) for count in (_parameters, _tokens, _gained))
+    seconds = _mean(r.cpu_seconds for r in cells if not r.interrupted)
     return Spending(parameters, tokens, seconds, points, unequal)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return fmean(found) if found else math.nan
 
 
 def _range(shares: Sequence[float]) -> str:
@@ -106,10 +110,6 @@ def _parameters(result: Result) -> float:
 
 def _tokens(result: Result) -> float:
     return float(sum(link["tokens"] + PROBE_ROW * link["probe_tokens"] for link in result.content["links"]))
-
-
-def _seconds(result: Result) -> float:
-    return result.cpu_seconds
 
 
 def _gained(result: Result) -> float:

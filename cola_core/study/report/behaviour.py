@@ -91,8 +91,8 @@ def cost(findings: Findings) -> Iterator[Block]:
     yield Text(
         "Means per test cell over tasks in the mean: trainable parameters at a time, training tokens with a probe's at "
         "one and a half, processor seconds of probes and links, points of accuracy gained over the base model with its "
-        "fitted head, and processor seconds for each of them; a cell that failed to train is left out. The sweep: all "
-        "its cells."
+        "fitted head, and processor seconds for each of them; a cell that failed to train is left out, and so are the "
+        "seconds of one that was killed and resumed. The sweep: all its cells."
     )
     rows = []
     for recipe in findings.design.recipes:
