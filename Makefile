@@ -10,7 +10,7 @@ PYTHON ?= python3.11
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TESTS ?= tests
 # For two cores: tests wait for servers and processes of their own a third of the time, what chaos starts does not.
-WORKERS ?= 3
+WORKERS ?= 4
 JOBS ?= 2
 
 # Findings of `make audit` that do not reach this project, each with its reason in a comment here; none so far.

@@ -43,7 +43,7 @@ FEW = {
     "jsonl": 400,
     "json": 400,
 }
-EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,7 +206,7 @@ YAML_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(path=st.sampled_from(_paths(PARAMS)), value=YAML_VALUES)
 def test_any_value_anywhere_in_params_is_taken_or_told(path: tuple[Any, ...], value: Any) -> None:
     changed = json.loads(json.dumps(PARAMS))

@@ -61,6 +61,7 @@ def _standing(root: Path) -> list[bytes]:
     return found
 
 
+@pytest.mark.chaos
 def test_a_flow_outlives_prefects_server_and_its_own_death(tmp_path: Path, empty_database: Path) -> None:
     root, port = make(tmp_path), free_port()
     shutil.copy(empty_database, root / "mlflow.db")
