@@ -113,6 +113,7 @@ def _bring(order: StageOrder, raw: Mapping[str, Any]) -> dict[str, float]:
         if not (stamp.is_file() and read_json(stamp)["key"] == key):
             begun = stamp.with_suffix(".begun")
             cut = {"interrupted": 1.0} if begun.is_file() else {}  # what was spent before a kill, nobody knows
+            stamp.parent.mkdir(exist_ok=True)
             begun.touch()
             write_json(stamp, {"key": key, "spent": _run(order) | cut})
         return dict(read_json(stamp)["spent"])
