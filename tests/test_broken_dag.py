@@ -83,7 +83,7 @@ def test_a_flipped_bit_stops_the_stage_that_would_use_it(
     assert path in done.stderr and "changed since it was written" in done.stderr
 
 
-@pytest.mark.parametrize("farewell", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("farewell", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.chaos)])
 def test_a_link_stopped_by_hand_keeps_its_last_step(
     run: Path, cache: str, tmp_path: Path, farewell: signal.Signals
 ) -> None:
@@ -115,6 +115,7 @@ def test_a_link_stopped_by_hand_keeps_its_last_step(
         assert kept >= step
 
 
+@pytest.mark.chaos
 def test_killed_four_times_it_ends_as_if_nothing_had_been(run: Path, tmp_path: Path) -> None:
     """The harness behind `make chaos`, which kills two hundred times."""
     folder = prepare(tmp_path / "project")

@@ -134,7 +134,7 @@ FAILURES = [
     ("fetch", "75 75", 0, ["fetch"] * 3 + STAGES[1:], ""),
     ("fetch", "75 75 75", 75, ["fetch"] * 3, "fetch: no such luck: the net"),
     ("fetch", "2", 2, ["fetch"], "fetch: no such luck: the net"),
-    ("evaluate", "75", 75, STAGES[:4], "evaluate: no such luck: the net"),
+    pytest.param("evaluate", "75", 75, STAGES[:4], "evaluate: no such luck: the net", marks=pytest.mark.chaos),
     ("evaluate", "1", 2, STAGES[:4], "evaluate: ZeroDivisionError: no such luck: the net"),
 ]
 
@@ -172,7 +172,10 @@ def test_a_mistake_in_a_run_from_the_ui_is_its_message(project: Path, server: st
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("farewell", [signal.SIGINT, signal.SIGTERM], ids=["by hand", "by Prefect"])
+@pytest.mark.parametrize(
+    "farewell",
+    [pytest.param(signal.SIGINT, id="by hand", marks=pytest.mark.chaos), pytest.param(signal.SIGTERM, id="by Prefect")],
+)
 def test_a_stopped_run_leaves_no_stage_behind_and_goes_on(
     server: str, tmp_path: Path, farewell: signal.Signals
 ) -> None:

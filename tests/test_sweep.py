@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -146,6 +147,21 @@ def test_a_recipe_may_run_on_some_tasks_alone() -> None:
     assert {group.task for group in made.groups() if group.recipe == "part"} == {"two"}
     with pytest.raises(UserError, match=r"recipes\.part\.tasks: 'tow'; did you mean 'two'"):
         design(recipes={**recipes, "part": {"set": [], "tasks": ["tow"]}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seeds": [100]}, "seeds: 100 is a seed of the sweep; test scores need fresh ones"),
+        ({"tests": {"baseline": "lorra"}}, "tests.baseline: 'lorra'; did you mean 'lora'"),
+        ({"budgett": 1}, "budgett: unknown key; did you mean 'budget'"),
+        ({"tasks": {"one": {"set": [], "headline": False}}}, "tasks: none counts in the mean"),
+    ],
+)
+def test_mistakes_of_a_study_are_one_line(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        design(**changes)
+    assert told in str(error.value) and "\n" not in str(error.value)
 
 
 def test_results_of_other_seeds_rates_or_recipes_do_not_count() -> None:
