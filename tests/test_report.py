@@ -14,11 +14,12 @@ from scipy import stats
 
 from cola_core.errors import UserError
 from cola_core.study.compare import scores
+from cola_core.study.design import Cell
 from cola_core.study.report.blocks import Block, Details, Drawing, Heading, Table, Text, write_html, write_markdown
 from cola_core.study.report.findings import Findings
 from cola_core.study.report.page import report
 from cola_core.study.results import Result, read_packed, read_results, result_file, write_packed
-from tests.studies import design, results
+from tests.studies import design, result, results
 
 SAID = "## What it shows\n\nLittle, and `gora` **most**.\n\n- one thing\n- another"
 
@@ -175,6 +176,16 @@ def test_several_models_stand_side_by_side_even_where_their_modules_differ() -> 
     assert table.head[1:3] == ["tiny one", "small one"]
     assert any(isinstance(block, Drawing) and block.name == "ranks" for block in told)
     assert "10 blocks" in next(b.text for b in told if isinstance(b, Text) and "smallest detectable" in b.text)
+
+
+def test_a_task_with_more_seeds_than_others_weighs_no_more_in_the_mean() -> None:
+    made = design(tasks={"one": {"set": []}, "two": {"set": []}}, recipes={"lora": {"set": []}})
+    group, other = made.groups()
+    found = [result(Cell("test", group, 1e-3, seed), 0.9) for seed in range(3)]
+    found.append(result(Cell("test", other, 1e-3, 0), 0.5, loss=0.1))
+    told = [b for b in report(Findings(made, found, {}), "") if isinstance(b, Table)]
+    assert next(b.rows[-1][3] for b in told if "mean" in b.head) == "70.00"
+    assert next(b.rows[-1][1] for b in told if "test loss" in b.head) == "0.3000"
 
 
 def test_what_makes_a_row_no_equal_one_is_told_beside_it() -> None:

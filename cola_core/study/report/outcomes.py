@@ -34,8 +34,7 @@ def accuracy(findings: Findings) -> Iterator[Block]:
     rows = [[title, *_idle(findings, name), "", "", "", ""] for name, title in IDLE.items()]
     for recipe in design.recipes:
         cells = [_scored(found[recipe], panel, level) for panel in findings.panels]
-        counted = [s for (_, task, _), s in found[recipe].items() if design.tasks[task].headline]
-        mean = f"{100 * fmean(counted):.2f}" if counted and findings.whole(recipe) else ""
+        mean = _mean(findings, recipe, found[recipe], 100.0, 2)
         rows.append([_marked(findings, recipe), *cells, mean, *_against(against.get(recipe), findings, most)])
     yield Table(head, rows)
     if against:
@@ -62,6 +61,16 @@ def _marked(findings: Findings, recipe: str) -> str:
     return f"{recipe} ({', '.join(marks)})" if marks else recipe
 
 
+def _mean(findings: Findings, recipe: str, found: Mapping[Place, float], scale: float, digits: int) -> str:
+    """Over the tasks in the mean, each by its own mean over seeds, so that a task with more seeds weighs no more."""
+    each: dict[Panel, list[float]] = {}
+    for (model, task, _), score in found.items():
+        if findings.design.tasks[task].headline:
+            each.setdefault((model, task), []).append(score)
+    told = each and findings.whole(recipe)
+    return f"{scale * fmean(fmean(values) for values in each.values()):.{digits}f}" if told else ""
+
+
 def _scored(found: Mapping[Place, float], panel: Panel, level: float) -> str:
     values = [score for (model, task, _), score in found.items() if (model, task) == panel]
     return _interval(estimate(values, level)) if values else ""
@@ -85,8 +94,9 @@ def loss(findings: Findings) -> Iterator[Block]:
     design = findings.design
     yield Heading("Test loss and calibration")
     yield Text(
-        "Mean over blocks. The loss is the negative log-probability of the right answer in nats; the calibration error "
-        "is the expected one over 15 bins. Both are secondary: tested in the same way, each corrected by itself."
+        "Means over tasks, differences over blocks. The loss is the negative log-probability of the right answer in "
+        "nats; the calibration error is the expected one over 15 bins. Both are secondary: tested in the same way, "
+        "each corrected by itself."
     )
     names = {"loss": "test loss", "calibration_error": "calibration error"}
     against = {metric: {c.recipe: c for c in findings.comparisons(metric)} for metric in names}
@@ -95,9 +105,9 @@ def loss(findings: Findings) -> Iterator[Block]:
     for recipe in design.recipes:
         row = [recipe]
         for metric in names:
-            values = list(scores(design, findings.results, metric)[recipe].values())
+            values = scores(design, findings.results, metric)[recipe]
             row += [
-                f"{fmean(values):.4f}" if values and findings.whole(recipe) else "",
+                _mean(findings, recipe, values, 1.0, 4),
                 *_against(against[metric].get(recipe), findings, most, False),
             ]
         rows.append(row)
