@@ -139,16 +139,22 @@ def test_a_champion_that_is_scored_on_new_rows_as_well_keeps_its_place_there(che
     found = judged()
     assert (found.champion, found.use) == ("2", 2)
     assert found.decision.gains["champion"]["difference"] == pytest.approx(25 / ROWS), "of the new rows"
-    replace_test_file(checkout)
+    write_data(checkout, "test", 30)
     train(checkout, 2, right(20), prefix="other")
-    train(checkout, 3, right(60), prefix="other")
-    assert judged().use == 1
+    train(checkout, 3, right(50), prefix="other")
+    found = judged()
+    assert found.use == 1
+    assert found.decision.gains["champion"]["difference"] == pytest.approx(30 / ROWS), "of the file, not of its like"
+    write_data(checkout, "train", 40)
+    train(checkout, 4, right(60), prefix="other")
+    assert judged().use == 2, "the test file is the same"
 
 
-def replace_test_file(place: Path) -> None:
-    """Prepare again, from other rows."""
-    file = ARTIFACTS / "fetch/data/train.jsonl"
-    file.write_text(file.read_text() + '\n{"text": "one more", "label": "good"}')
+def write_data(place: Path, name: str, count: int) -> None:
+    """Prepare again, with other rows in one of the files."""
+    file = ARTIFACTS / f"fetch/data/{name}.jsonl"
+    rows = [{"text": f"{name} {number}", "label": ["good", "poor"][number % 2]} for number in range(count)]
+    file.write_text("\n".join(map(json.dumps, rows)))
     seal_folder(file.parent)
     prepare.main(Context("prepare", None, context_of(place).raw))
 

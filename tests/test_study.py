@@ -18,12 +18,14 @@ import pytest
 import yaml
 from servers import end, free_port, prefect_server, until
 
+from cola_core.errors import RetryError
 from cola_core.files import tree_hash
 from cola_core.locks import try_lock
 from cola_core.study.design import read_design
 from cola_core.study.results import Result, read_results
 from cola_core.study.sweep import choose, curves, wanted
 from flows.compose import defaults
+from flows.study.pool import Pool
 from flows.study.winners import winners
 from tests.tiny import TOPICS, environment, project
 
@@ -278,6 +280,17 @@ def test_a_report_alone_needs_no_server(studied: Any) -> None:
     done = cola(root, alone, "study", "studies/tiny.yaml", "--report")
     assert done.returncode == 0, done.stderr
     assert (root / "results/index.html").is_file()
+    write(root, budget={"steps": 12})
+    done = cola(root, alone, "study", "studies/tiny.yaml", "--report")
+    write(root)
+    assert done.returncode == 2 and "no results yet" in done.stderr, "those there are another study's"
+
+
+def test_a_pool_that_was_closed_starts_nothing_any_more(tmp_path: Path) -> None:
+    with Pool(tmp_path, tmp_path, 1) as pool:
+        pool.close()
+        with pytest.raises(RetryError, match="the study was stopped"):
+            pool.run({})
 
 
 def test_clean_removes_what_cells_share_once_it_is_old_and_no_study_runs(studied: Any) -> None:
