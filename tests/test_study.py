@@ -114,6 +114,9 @@ def test_every_cell_has_a_result_and_the_rate_of_each_group_is_the_sweeps_best(s
 def test_a_sweep_never_sees_the_test_rows_and_every_test_cell_sees_the_same(studied: Any) -> None:
     found = results(studied[0])
     assert all(not r.metrics for name, r in found.items() if name.startswith("sweep"))
+    ends = {name: shlex.split(r.content["command"])[-1] for name, r in found.items() if name.startswith("sweep")}
+    assert {end for name, end in ends.items() if "cola_gora" in name} == {"link@2"}, "nor does its command"
+    assert {end for name, end in ends.items() if "cola_gora" not in name} == {"link@1"}
     rows = {r.content["rows"] for name, r in found.items() if name.startswith("test") and not r.failed}
     assert len(rows) == 1
     assert len(list((studied[0] / "results/rows").iterdir())) == 1
@@ -329,3 +332,7 @@ def test_the_command_of_a_cell_gives_the_same_adapters_under_dvc_and_a_winner_is
     told = subprocess.run([sys.executable, "-c", script], cwd=root, env=variables, capture_output=True, text=True)
     assert told.stdout.split()[:2] == [best.cell.group.recipe, str(best.cell.seed)], told.stderr
     assert float(told.stdout.split()[2]) == pytest.approx(best.metrics["accuracy"])
+    (links,) = (root / ".cola/workspaces").glob("*/artifacts/links")
+    adapters = [link["adapter"] for link in best.content["links"]]
+    found = [tree_hash(links / str(k) / "adapter/adapter_model.safetensors") for k in range(1, len(adapters) + 1)]
+    assert found == adapters
