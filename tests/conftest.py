@@ -14,11 +14,14 @@ from cola_core.locks import alone
 from tests.tiny import environment, project
 from tests.watched import Watched, watch
 
+FIRST = ("test_broken_dag.py", "test_study.py")  # the run of `finished`, for which others wait, and the longest
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: a long one at the end would leave the other worker idle."""
+    """Slow files first, of these last what waits for the whole DAG: who waits or ends alone is idle."""
     slow = {item.path for item in items if "slow" in item.keywords}
-    items.sort(key=lambda item: item.path not in slow)
+    waiting = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: (item.path.name not in FIRST, item.path not in slow, item.path in waiting))
 
 
 @pytest.fixture(scope="module", autouse=True)
