@@ -26,11 +26,11 @@ def robust(findings: Findings) -> Iterator[Block]:
     yield Text(
         f"From the sweep, by validation loss. Usable decades: the widest range of neighbouring rates within {NEAR:g} "
         "nats of the best (≥ where it ends with the trials, so it may be wider; where nothing is learnt, all rates "
-        "are); untuned: the loss above the best at "
-        f"{f'{default:g}' if default else 'no rate in particular'}; tuned: the best loss beside that of "
-        f"`{design.tests.baseline}`. All three are means over the tasks in the mean."
+        f"are); {f'untuned: the loss above the best at {default:g}; ' if default else ''}"
+        f"tuned: the best loss beside that of `{design.tests.baseline}`. Means over the tasks in the mean."
     )
-    yield Table(["recipe", "usable decades", "untuned", "tuned"], [_traits(findings, r) for r in design.recipes])
+    head = ["recipe", "usable decades", *["untuned"] * bool(default), "tuned"]
+    yield Table(head, [_traits(findings, r) for r in design.recipes])
     yield Text("The best validation loss on each task, and the rate that it chose.")
     best = partial(_best, findings)
     yield Table(["recipe", *panels.values()], [[r, *(best(Group(*p, r)) for p in panels)] for r in design.recipes])
@@ -48,12 +48,13 @@ def _traits(findings: Findings, recipe: str) -> list[str]:
     counted = [panel for panel in findings.panels if findings.design.tasks[panel[1]].headline]
     mine = {panel: each for panel in counted if (each := findings.usable.get(Group(*panel, recipe)))}
     over = [each.default for each in mine.values() if each.default is not None]
+    untuned = [f"{fmean(over):.4f}" if over else ""] if findings.design.sweep.default else []
     beside = [more for panel in mine if (more := _beside(findings, panel, recipe)) is not None]
     wider = "≥ " * any(each.open for each in mine.values())
     return [
         recipe,
         f"{wider}{fmean(each.decades for each in mine.values()):.2f}" if mine else "",
-        f"{fmean(over):.4f}" if over else "",
+        *untuned,
         f"{fmean(beside):+.4f}" if beside else "",
     ]
 
