@@ -19,7 +19,7 @@ from tasks.store import Store, temporaries
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-__all__ = ["Tested", "keep_answers", "read_answers"]
+__all__ = ["Tested", "keep_answers", "predictions_of", "read_answers"]
 
 PLACE = "answers"
 STAGES = ("evaluate", "evaluate_base")  # the chain's answers, and its base's
@@ -46,7 +46,7 @@ class Tested:
             check_files(ARTIFACTS / stage)
         files = read_sealed(ARTIFACTS / "prepare/manifest.json", "manifest")["files"]
         file = next(files[name] for name in sorted(files))  # test comes before train
-        table = _table(_predictions(ARTIFACTS / STAGES[0]))
+        table = predictions_of(ARTIFACTS / STAGES[0])
         rows = json.dumps([file, table["id"], table["gold"]])
         return cls(file, hashlib.sha256(rows.encode()).hexdigest()[:16])
 
@@ -68,6 +68,18 @@ class Tested:
     def tags(self) -> dict[str, str]:
         """What `of` reads."""
         return {"cola.test": self.file, "cola.rows": self.rows}
+
+
+def predictions_of(folder: Path) -> dict[str, list[Any]]:
+    """The columns that an evaluation's stage left in `folder`, a value per test row.
+
+    Raises:
+        OSError: there are none.
+    """
+    import pyarrow as pa
+
+    table: dict[str, list[Any]] = pa.ipc.open_stream(_predictions(folder).read_bytes()).read_all().to_pydict()
+    return table
 
 
 def keep_answers(store: Store, model_id: str, tested: Tested) -> None:
@@ -92,7 +104,7 @@ def read_answers(store: Store, version: ModelVersion, tested: Tested) -> tuple[S
         try:
             address = f"models:/{version.name}/{version.version}/{PLACE}/{tested.rows}"
             found = Path(download_artifacts(address, dst_path=str(folder), tracking_uri=store.uri))
-            mine, base = (_table(_predictions(found / stage)) for stage in STAGES)
+            mine, base = (predictions_of(found / stage) for stage in STAGES)
         except (MlflowException, OSError):
             raise UserError(
                 f"{version.name}: version {version.version} was not scored on these test rows; in the checkout that "
@@ -104,13 +116,6 @@ def read_answers(store: Store, version: ModelVersion, tested: Tested) -> tuple[S
 
 def _predictions(folder: Path) -> Path:
     return folder / "predictions.arrow"
-
-
-def _table(file: Path) -> dict[str, list[Any]]:
-    import pyarrow as pa
-
-    table: dict[str, list[Any]] = pa.ipc.open_stream(file.read_bytes()).read_all().to_pydict()
-    return table
 
 
 def _scored(table: dict[str, list[Any]], model: str) -> Scored:

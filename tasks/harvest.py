@@ -10,6 +10,7 @@ from typing import Any
 from cola_core.checksums import check_files
 from cola_core.files import read_json, tree_hash
 from cola_core.sealed import read_sealed
+from tasks.answered import predictions_of
 from tasks.context import Context, Done
 from tasks.places import ARTIFACTS, link_dir
 from tasks.records import record
@@ -89,15 +90,12 @@ def _probe(profile: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 def _scored(final: str) -> dict[str, Any]:
-    import pyarrow as pa
-
     for stage in ("evaluate", "evaluate_base"):
         check_files(ARTIFACTS / stage)
     metrics = read_json(ARTIFACTS / "evaluate/metrics.json")
-    with pa.memory_map(str(ARTIFACTS / "evaluate/predictions.arrow")) as source:
-        table = pa.ipc.open_stream(source).read_all().to_pydict()
+    table = predictions_of(ARTIFACTS / "evaluate")
     mine = {name.removeprefix(f"links_{final}_"): column for name, column in table.items()}
-    predictions = {
+    predictions: dict[str, Any] = {
         "correct": "".join(str(int(bit)) for bit in mine["correct"]),
         "predicted": mine["predicted"],
         **{name: [_short(value) for value in mine[name]] for name in ("loss", "confidence") if name in mine},
