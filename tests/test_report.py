@@ -111,6 +111,14 @@ def test_the_best_validation_loss_stands_beside_the_baselines() -> None:
     assert each.rows[1] == ["gora", "0.500 at 0.001", *["0.250 at 0.001"] * 2]
 
 
+def test_a_study_without_a_default_rate_says_nothing_of_untuned_recipes() -> None:
+    made = design(sweep={"learning_rates": [1e-4, 1e-3, 1e-2], "seeds": [100]})
+    told = list(report(Findings(made, results(made, {}), {}), ""))
+    (table,) = (b for b in told if isinstance(b, Table) and "tuned" in b.head)
+    assert "untuned" not in table.head and {len(row) for row in table.rows} == {len(table.head)}
+    assert not any("untuned" in b.text for b in told if isinstance(b, Text))
+
+
 def test_tasks_where_nothing_is_learnt_are_told_and_left_out_beside() -> None:
     made = design(tasks={"one": {"set": []}, "two": {"set": []}})
     found = results(made, {"gora": 0.02})
